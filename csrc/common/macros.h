@@ -1,0 +1,8 @@
+// The few macros that a plain C++ compiler, nvcc and the host stand-in all understand.
+#pragma once
+
+#if defined(__CUDACC__)
+#define PFD_HD __host__ __device__
+#else
+#define PFD_HD
+#endif

@@ -1,0 +1,24 @@
+// Scalar functions of the losses, stable for every finite argument, for CPU, CUDA and tests.
+#pragma once
+
+#include <cmath>
+
+#include "common/macros.h"
+
+namespace pyfast_dpo {
+
+// log(1 + e^x). Exactly ln 2 at 0; x for large x; e^x (never 0 before e^x underflows) for very
+// negative x.
+template <class T>
+PFD_HD inline T softplus(T x) {
+  return x > T(0) ? x + log1p(exp(-x)) : log1p(exp(x));
+}
+
+// 1 / (1 + e^-x) without overflow on either side.
+template <class T>
+PFD_HD inline T sigmoid(T x) {
+  const T e = exp(x > T(0) ? -x : x);
+  return x > T(0) ? T(1) / (T(1) + e) : e / (T(1) + e);
+}
+
+}  // namespace pyfast_dpo

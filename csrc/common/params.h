@@ -1,0 +1,124 @@
+// Arguments of every kernel launcher: raw pointers, sizes and strides, shapes in the comments.
+// B sequences, T positions, V vocabulary. Strides count elements. All offsets are int64.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/macros.h"
+
+namespace pyfast_dpo {
+
+// Which rows of logits are scored, and against which label.
+struct RowLabels {
+  const int64_t* labels;  // [B, T], contiguous
+  int64_t batch;          // B
+  int64_t length;         // T
+  int64_t vocab;          // V
+  int64_t ignore_index;
+  bool shift;  // position t scores labels[b, t + 1]; the last position of a sequence is not scored
+
+  int64_t rows() const { return batch * length; }
+};
+
+// Result of looking a row's label up: a token of [0, V), or one of the two below.
+constexpr int64_t kIgnoredRow = -1;
+constexpr int64_t kInvalidLabel = -2;
+
+PFD_HD inline int64_t target_of_row(const RowLabels& rows, int64_t row) {
+  const int64_t t = row % rows.length;
+  if (rows.shift && t + 1 == rows.length) return kIgnoredRow;
+  const int64_t label = rows.labels[rows.shift ? row + 1 : row];
+  if (label == rows.ignore_index) return kIgnoredRow;
+  return label >= 0 && label < rows.vocab ? label : kInvalidLabel;
+}
+
+// Three numbers a row come out of the forward pass (float, or double for float64 logits) and are
+// all that the backward pass needs beside the logits:
+//   logp     log softmax(z)[target], computed as -softplus(lse_of_the_others - z_target), so that
+//   it
+//            neither rounds to 0 nor exceeds 0 when the model is certain; 0 for ignored rows, NaN
+//            for rows with an invalid label
+//   row_max  max_v z_v
+//   row_sum  sum_v exp(z_v - row_max)
+struct SeqLogpParams {
+  const void* logits;  // [B, T, V], last dimension contiguous
+  int64_t batch_stride;
+  int64_t row_stride;
+  DType dtype;
+  RowLabels rows;
+  void* token_logps;     // [B, T]
+  void* row_max;         // [B, T]
+  void* row_sum;         // [B, T]
+  void* sequence_logps;  // [B]   sum (or average) of token_logps over the scored positions
+  void* sequence_scale;  // [B]   1, or with average 1 / number of scored positions (0 when there is
+                         // none)
+  bool average;
+};
+
+// d logits[b, t, v] = coefficient(b, t) * ((v == target) - exp(z_v - row_max) / row_sum), where
+// coefficient(b, t) = grad_sequence[b] * sequence_scale[b] + grad_token[b, t]. Ignored rows become
+// 0, rows with an invalid label NaN. `grad_logits` may be `logits` (same strides): each element is
+// read before it is written.
+struct SeqLogpBackwardParams {
+  const void* logits;  // [B, T, V], last dimension contiguous
+  int64_t batch_stride;
+  int64_t row_stride;
+  DType dtype;
+  RowLabels rows;
+  const void* token_logps;     // [B, T]
+  const void* row_max;         // [B, T]
+  const void* row_sum;         // [B, T]
+  const void* sequence_scale;  // [B]
+  const void* grad_sequence;   // [B] or null
+  const void* grad_token;      // [B, T] contiguous, or null
+  void* grad_logits;           // [B, T, V], last dimension contiguous
+  int64_t grad_batch_stride;
+  int64_t grad_row_stride;
+};
+
+// Losses on one number a sequence. P pairs; N unpaired sequences. float or double throughout.
+struct LossParams {
+  double beta = 0.1;
+  double label_smoothing = 0.0;
+  double desirable_weight = 1.0;
+  double undesirable_weight = 1.0;
+};
+
+struct PairLossParams {
+  DType dtype;  // kFloat32 or kFloat64
+  int loss;     // index into PairLosses (losses.h)
+  int64_t pairs;
+  LossParams params;
+  const void* policy_chosen;       // [P]
+  const void* policy_rejected;     // [P]
+  const void* reference_chosen;    // [P] or null: 0
+  const void* reference_rejected;  // [P] or null: 0
+  const void* grad_losses;         // [P]; null in the forward pass
+  // forward
+  void* losses;            // [P]
+  void* chosen_rewards;    // [P] beta * (policy - reference)
+  void* rejected_rewards;  // [P]
+  // backward
+  void* grad_chosen;    // [P]
+  void* grad_rejected;  // [P]
+};
+
+struct UnpairedLossParams {
+  DType dtype;
+  int loss;  // index into UnpairedLosses
+  int64_t count;
+  LossParams params;
+  const void* policy;        // [N]
+  const void* reference;     // [N] or null: 0
+  const bool* is_desirable;  // [N]
+  const void* kl;            // [1]
+  const void* grad_losses;   // [N]; null in the forward pass
+  // forward
+  void* losses;   // [N]
+  void* rewards;  // [N]
+  // backward
+  void* grad_policy;  // [N]
+};
+
+}  // namespace pyfast_dpo

@@ -1,0 +1,61 @@
+// Which instruction sets this CPU and this operating system offer, and which table is used.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace pyfast_dpo::cpu {
+namespace {
+
+#if defined(__x86_64__)
+// The operating system must save the wide registers, which cpuid alone does not tell.
+unsigned long long enabled_register_state() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return 0;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<unsigned long long>(high) << 32) | low;
+}
+
+int detect_level() {
+  constexpr unsigned long long kYmmState = 0x6, kZmmState = 0xe6;
+  unsigned eax, ebx, ecx, edx;
+  const unsigned long long state = enabled_register_state();
+  if ((state & kYmmState) != kYmmState || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+  if (!(ecx & bit_FMA) || !(ecx & bit_F16C)) return 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2)) return 0;
+  const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  return (state & kZmmState) == kZmmState && (ebx & avx512) == avx512 ? 2 : 1;
+}
+
+const Kernels* const kTables[] = {&kGenericKernels, &kAvx2Kernels, &kAvx512Kernels};
+#else
+int detect_level() { return 0; }
+
+const Kernels* const kTables[] = {&kGenericKernels};
+#endif
+
+const Kernels* choose() {
+  const int best = detect_level();
+  const char* wanted = std::getenv("PYFAST_DPO_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return kTables[best];
+  for (int level = 0; level <= best; ++level) {
+    if (std::strcmp(wanted, kTables[level]->name) == 0) return kTables[level];
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* best_capability() { return kTables[detect_level()]->name; }
+
+const Kernels* kernels() {
+  static const Kernels* const chosen = choose();
+  return chosen;
+}
+
+}  // namespace pyfast_dpo::cpu

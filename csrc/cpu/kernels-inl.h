@@ -1,0 +1,254 @@
+// The vector kernels, written once against the small SIMD interface of simd_*.h and compiled for
+// each instruction set: kernels_*.cpp include this file inside a namespace and a target region of
+// their own. No lambdas and no std templates in here: their code could be merged with, or escape
+// into, the rest of the binary and run on a CPU that lacks the instructions.
+//
+// exp(x) is 2^y with y = x log2(e) - reference, one fused multiply-add from the logit. The
+// reference is a float near max * log2(e); its own rounding cancels, because the very float enters
+// the final sum.
+
+// Relative minimax polynomials for 2^r on [-1/2, 1/2] (Remez): worst errors 1.5e-7 (degree 5, with
+// the constant fixed to 1), 2.6e-6 (4), 7.5e-5 (3).
+template <int kDegree>
+struct Exp2Coefficients;
+template <>
+struct Exp2Coefficients<5> {
+  static constexpr float kValues[] = {1.0f,           0x1.62e428p-1f, 0x1.ebf918p-3f,
+                                      0x1.c6b6e4p-5f, 0x1.3d0c52p-7f, 0x1.5c08e6p-10f};
+};
+template <>
+struct Exp2Coefficients<4> {
+  static constexpr float kValues[] = {0x1.ffffe8p-1f, 0x1.62e0dcp-1f, 0x1.ec06dap-3f,
+                                      0x1.ca1440p-5f, 0x1.3997d6p-7f};
+};
+template <>
+struct Exp2Coefficients<3> {
+  static constexpr float kValues[] = {0x1.fff692p-1f, 0x1.62f31ap-1f, 0x1.f0de1ap-3f,
+                                      0x1.c3f762p-5f};
+};
+
+// Degree of the backward pass: the error of exp stays far below the rounding of the stored gradient
+// (half an ulp is 2^-9 for bfloat16, 2^-12 for float16).
+template <class T>
+struct BackwardDegree {
+  static constexpr int kValue = 5;
+};
+template <>
+struct BackwardDegree<BFloat16> {
+  static constexpr int kValue = 3;
+};
+template <>
+struct BackwardDegree<Float16> {
+  static constexpr int kValue = 4;
+};
+
+static constexpr float kLog2E = 0x1.715476p+0f;
+// Adding 1.5 * 2^23 rounds to an integer; the 127 beside it is the exponent bias, so that the low
+// bits of the sum, moved to the exponent's place, are 2^n. n is at least -127, whose biased
+// exponent is 0: exactly 0.
+static constexpr float kRounder = 12582912.0f + 127.0f;
+static constexpr float kLowestExponent = -127.0f;
+// Beyond this, z * log2(e) could overflow: such rows go to the scalar code.
+static constexpr float kLargestPeak = 1e30f;
+static constexpr int64_t kBlock =
+    2048;  // elements; 8 KiB of float32 stay in L1 between the two passes
+static constexpr int64_t kPair = 2 * Vec::kWidth;  // load_pair and store_pair move two vectors
+
+// 2^y split into a polynomial value and a power of two, both to be multiplied. NaN stays NaN.
+template <int kDegree>
+static inline void exp2_parts(Vec y, const Vec* coefficients, Vec& value, Vec& power) {
+  y = max(set1(kLowestExponent), y);
+  const Vec rounded = add(y, set1(kRounder));
+  const Vec r = sub(y, sub(rounded, set1(kRounder)));
+  value = coefficients[kDegree];
+  for (int i = kDegree - 1; i >= 0; --i) value = fma(value, r, coefficients[i]);
+  power = exponent_from_low_bits(rounded);
+}
+
+template <int kDegree>
+static inline void load_coefficients(float scale, Vec* coefficients) {
+  for (int i = 0; i <= kDegree; ++i) {
+    coefficients[i] = set1(scale * Exp2Coefficients<kDegree>::kValues[i]);
+  }
+}
+
+// The last elements of a span, widened, with `filler` behind them.
+template <class T>
+static inline void load_tail(const T* z, int64_t count, float filler, Vec& a, Vec& b) {
+  T buffer[kPair];
+  for (int64_t i = 0; i < kPair; ++i) buffer[i] = i < count ? z[i] : narrow<T>(filler);
+  load_pair(buffer, a, b);
+}
+
+template <class T>
+static inline float block_max(const T* z, int64_t count) {
+  const float lowest = -__builtin_inff();
+  Vec m0 = set1(lowest), m1 = m0, m2 = m0, m3 = m0, a, b;
+  int64_t i = 0;
+  for (; i + 2 * kPair <= count; i += 2 * kPair) {
+    load_pair(z + i, a, b);
+    m0 = max(m0, a);
+    m1 = max(m1, b);
+    load_pair(z + i + kPair, a, b);
+    m2 = max(m2, a);
+    m3 = max(m3, b);
+  }
+  for (; i < count; i += kPair) {
+    if (count - i >= kPair) {
+      load_pair(z + i, a, b);
+    } else {
+      load_tail(z + i, count - i, lowest, a, b);
+    }
+    m0 = max(m0, a);
+    m1 = max(m1, b);
+  }
+  return reduce_max(max(max(m0, m1), max(m2, m3)));
+}
+
+// sum of 2^(z log2(e) - reference). Reads ahead, so that the next block's maximum finds its data in
+// cache.
+template <class T>
+static inline float block_sum(const T* z, int64_t count, float reference) {
+  Vec c[6];
+  load_coefficients<5>(1.0f, c);
+  const Vec log2e = set1(kLog2E), offset = set1(-reference);
+  Vec s0 = set1(0.0f), s1 = s0, s2 = s0, s3 = s0, a, b, value, power;
+  int64_t i = 0;
+  for (; i + 2 * kPair <= count; i += 2 * kPair) {
+    prefetch_bytes<2 * kPair * sizeof(T)>(z + i + kBlock);
+    load_pair(z + i, a, b);
+    exp2_parts<5>(fma(a, log2e, offset), c, value, power);
+    s0 = fma(value, power, s0);
+    exp2_parts<5>(fma(b, log2e, offset), c, value, power);
+    s1 = fma(value, power, s1);
+    load_pair(z + i + kPair, a, b);
+    exp2_parts<5>(fma(a, log2e, offset), c, value, power);
+    s2 = fma(value, power, s2);
+    exp2_parts<5>(fma(b, log2e, offset), c, value, power);
+    s3 = fma(value, power, s3);
+  }
+  for (; i < count; i += kPair) {
+    if (count - i >= kPair) {
+      load_pair(z + i, a, b);
+    } else {
+      load_tail(z + i, count - i, -__builtin_inff(), a, b);
+    }
+    exp2_parts<5>(fma(a, log2e, offset), c, value, power);
+    s0 = fma(value, power, s0);
+    exp2_parts<5>(fma(b, log2e, offset), c, value, power);
+    s1 = fma(value, power, s1);
+  }
+  return reduce_add(add(add(s0, s1), add(s2, s3)));
+}
+
+template <class T>
+static inline bool has_nan(const T* z, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (widen(z[i]) != widen(z[i])) return true;
+  }
+  return false;
+}
+
+// Running log-sum-exp of the entries seen so far: sum of 2^(z log2(e) - reference).
+struct Running {
+  float peak;       // maximum so far, -inf at first
+  float reference;  // float nearest to peak * log2(e)
+  double total;
+  bool in_range;  // false: leave this row to the scalar code
+};
+
+template <class T>
+static inline void add_span(const T* z, int64_t count, Running& running) {
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t size = count - begin < kBlock ? count - begin : kBlock;
+    const float peak = block_max(z + begin, size);
+    if (peak == -__builtin_inff()) {  // nothing possible here, unless a NaN hid from the maximum
+      if (has_nan(z + begin, size)) running.total = __builtin_nan("");
+      continue;
+    }
+    if (!(peak < kLargestPeak && peak > -kLargestPeak)) {
+      running.in_range = false;
+      return;
+    }
+    if (peak > running.peak) {
+      const float reference = peak * kLog2E;
+      if (running.total != 0) {
+        running.total *= __builtin_exp2(static_cast<double>(running.reference) - reference);
+      }
+      running.peak = peak;
+      running.reference = reference;
+    }
+    running.total += block_sum(z + begin, size, running.reference);
+  }
+}
+
+template <class T>
+static void forward_row(const SeqLogpParams& params, int64_t row, int64_t target) {
+  const T* z =
+      row_pointer<T>(params.logits, params.rows, params.batch_stride, params.row_stride, row);
+  Running running{-__builtin_inff(), 0.0f, 0.0, true};
+  add_span(z, target, running);
+  if (running.in_range) add_span(z + target + 1, params.rows.vocab - target - 1, running);
+  const float target_logit = widen(z[target]);
+  if (!running.in_range || !(target_logit < kLargestPeak)) {
+    scalar_forward_row<T>(params, row, target);
+    return;
+  }
+  write_row_stats(params, row, running.peak,
+                  static_cast<double>(running.reference) / static_cast<double>(kLog2E),
+                  running.total, target_logit);
+}
+
+// grad[v] = scale * 2^(z log2(e) - reference) over a span; the scale is folded into the polynomial.
+template <class T>
+static inline void gradient_span(const T* z, T* grad, int64_t count, float reference, float scale) {
+  constexpr int kDegree = BackwardDegree<T>::kValue;
+  Vec c[kDegree + 1];
+  load_coefficients<kDegree>(scale, c);
+  const Vec log2e = set1(kLog2E), offset = set1(-reference);
+  Vec a, b, value, power;
+  int64_t i = 0;
+  for (; i + kPair <= count; i += kPair) {
+    prefetch_bytes<kPair * sizeof(T)>(z + i + kBlock / 2);
+    load_pair(z + i, a, b);
+    exp2_parts<kDegree>(fma(a, log2e, offset), c, value, power);
+    a = mul(value, power);
+    exp2_parts<kDegree>(fma(b, log2e, offset), c, value, power);
+    b = mul(value, power);
+    store_pair(grad + i, a, b);
+  }
+  if (i < count) {
+    load_tail(z + i, count - i, 0.0f, a, b);
+    exp2_parts<kDegree>(fma(a, log2e, offset), c, value, power);
+    a = mul(value, power);
+    exp2_parts<kDegree>(fma(b, log2e, offset), c, value, power);
+    b = mul(value, power);
+    T buffer[kPair];
+    store_pair(buffer, a, b);
+    for (int64_t j = 0; i + j < count; ++j) grad[i + j] = buffer[j];
+  }
+}
+
+template <class T>
+static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
+                         double coefficient) {
+  const RowGradient gradient = read_row_gradient(params, row, coefficient);
+  const float reference = static_cast<float>(gradient.row_max) * kLog2E;
+  const double scale =
+      gradient.scale * __builtin_exp(static_cast<double>(reference) / static_cast<double>(kLog2E) -
+                                     gradient.row_max);
+  const bool in_range = gradient.row_max < kLargestPeak && gradient.row_max > -kLargestPeak &&
+                        scale > -1e30 && scale < 1e30;
+  if (!in_range) {  // NaN and infinities included: plain arithmetic decides there
+    scalar_backward_row(params, row, target, coefficient);
+    return;
+  }
+  const T* z =
+      row_pointer<T>(params.logits, params.rows, params.batch_stride, params.row_stride, row);
+  T* grad = const_cast<T*>(row_pointer<T>(params.grad_logits, params.rows, params.grad_batch_stride,
+                                          params.grad_row_stride, row));
+  gradient_span(z, grad, target, reference, static_cast<float>(scale));
+  gradient_span(z + target + 1, grad + target + 1, params.rows.vocab - target - 1, reference,
+                static_cast<float>(scale));
+  grad[target] = narrow<T>(gradient.target_gradient);
+}

@@ -1,0 +1,30 @@
+// The vector kernels for the avx512 instruction set.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+#include "cpu/row.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace pyfast_dpo::cpu {
+namespace {
+namespace avx512 {
+#include "cpu/simd_avx512.h"
+//
+#include "cpu/kernels-inl.h"
+}  // namespace avx512
+}  // namespace
+
+const Kernels kAvx512Kernels = {
+    "avx512",
+    {scalar_forward_row<double>, avx512::forward_row<float>, avx512::forward_row<BFloat16>,
+     avx512::forward_row<Float16>},
+    {scalar_backward_row, avx512::backward_row<float>, avx512::backward_row<BFloat16>,
+     avx512::backward_row<Float16>},
+};
+
+}  // namespace pyfast_dpo::cpu
+#pragma GCC pop_options
+#endif  // __x86_64__

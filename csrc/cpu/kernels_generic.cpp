@@ -1,0 +1,23 @@
+// The vector kernels for the generic instruction set.
+
+#include "cpu/kernels.h"
+#include "cpu/row.h"
+
+namespace pyfast_dpo::cpu {
+namespace {
+namespace generic {
+#include "cpu/simd_generic.h"
+//
+#include "cpu/kernels-inl.h"
+}  // namespace generic
+}  // namespace
+
+const Kernels kGenericKernels = {
+    "generic",
+    {scalar_forward_row<double>, generic::forward_row<float>, generic::forward_row<BFloat16>,
+     generic::forward_row<Float16>},
+    {scalar_backward_row, generic::backward_row<float>, generic::backward_row<BFloat16>,
+     generic::backward_row<Float16>},
+};
+
+}  // namespace pyfast_dpo::cpu

@@ -1,0 +1,107 @@
+// Rows in double, one element at a time: float64 logits, and the rare float rows out of the vector
+// range.
+#include <cmath>
+#include <limits>
+
+#include "common/math.h"
+#include "cpu/kernels.h"
+#include "cpu/row.h"
+
+namespace pyfast_dpo::cpu {
+namespace {
+
+double read_stat(const void* values, DType dtype, int64_t i) {
+  return dtype == DType::kFloat64 ? static_cast<const double*>(values)[i]
+                                  : static_cast<const float*>(values)[i];
+}
+
+void write_stat(void* values, DType dtype, int64_t i, double value) {
+  if (dtype == DType::kFloat64) {
+    static_cast<double*>(values)[i] = value;
+  } else {
+    static_cast<float*>(values)[i] = static_cast<float>(value);
+  }
+}
+
+}  // namespace
+
+void write_row_stats(const SeqLogpParams& params, int64_t row, double others_max, double peak,
+                     double total, double target_logit) {
+  constexpr double kNothing = -std::numeric_limits<double>::infinity();
+  const double gap = total == 0 ? kNothing : (peak - target_logit) + std::log(total);
+  const double row_max = others_max > target_logit ? others_max : target_logit;
+  const double others = total == 0 ? 0.0 : total * std::exp(peak - row_max);
+  double logp = -softplus(gap);
+  double row_sum = others + std::exp(target_logit - row_max);
+  if (total == 0 &&
+      target_logit == kNothing) {  // nothing in the row is possible: no log-prob exists
+    logp = row_sum = std::numeric_limits<double>::quiet_NaN();
+  }
+  write_stat(params.token_logps, params.dtype, row, logp);
+  write_stat(params.row_max, params.dtype, row, row_max);
+  write_stat(params.row_sum, params.dtype, row, row_sum);
+}
+
+RowGradient read_row_gradient(const SeqLogpBackwardParams& params, int64_t row,
+                              double coefficient) {
+  return {read_stat(params.row_max, params.dtype, row),
+          -coefficient / read_stat(params.row_sum, params.dtype, row),
+          coefficient * -std::expm1(read_stat(params.token_logps, params.dtype, row))};
+}
+
+template <class T>
+void scalar_forward_row(const SeqLogpParams& params, int64_t row, int64_t target) {
+  const T* z =
+      row_pointer<T>(params.logits, params.rows, params.batch_stride, params.row_stride, row);
+  const int64_t vocab = params.rows.vocab;
+  double peak = -std::numeric_limits<double>::infinity();
+  for (int64_t v = 0; v < vocab; ++v) {
+    const double value = widen(z[v]);
+    if (v != target && !(value <= peak))
+      peak = value;  // takes NaN, and keeps the last one or a larger value
+  }
+  double total = 0;
+  for (int64_t v = 0; v < vocab; ++v) {
+    const double value = widen(z[v]);
+    // With a peak of -inf every difference would be NaN; the sum of nothing is 0.
+    if (v != target && value != -std::numeric_limits<double>::infinity()) {
+      total += std::exp(value - peak);
+    }
+  }
+  write_row_stats(params, row, peak, peak, total, widen(z[target]));
+}
+
+template void scalar_forward_row<double>(const SeqLogpParams&, int64_t, int64_t);
+template void scalar_forward_row<float>(const SeqLogpParams&, int64_t, int64_t);
+template void scalar_forward_row<BFloat16>(const SeqLogpParams&, int64_t, int64_t);
+template void scalar_forward_row<Float16>(const SeqLogpParams&, int64_t, int64_t);
+
+template <class T>
+static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
+                         double coefficient) {
+  const T* z =
+      row_pointer<T>(params.logits, params.rows, params.batch_stride, params.row_stride, row);
+  T* grad = const_cast<T*>(row_pointer<T>(params.grad_logits, params.rows, params.grad_batch_stride,
+                                          params.grad_row_stride, row));
+  const RowGradient gradient = read_row_gradient(params, row, coefficient);
+  for (int64_t v = 0; v < params.rows.vocab; ++v) {
+    grad[v] = narrow<T>(gradient.scale * std::exp(widen(z[v]) - gradient.row_max));
+  }
+  grad[target] = narrow<T>(gradient.target_gradient);
+}
+
+void scalar_backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
+                         double coefficient) {
+  dispatch_dtype(params.dtype, [&](auto tag) {
+    backward_row<typename decltype(tag)::type>(params, row, target, coefficient);
+  });
+}
+
+int64_t first_invalid_row(const RowLabels& rows) {
+  for (int64_t row = 0; row < rows.rows(); ++row) {
+    if (target_of_row(rows, row) == kInvalidLabel) return row;
+  }
+  return -1;
+}
+
+}  // namespace pyfast_dpo::cpu

@@ -1,0 +1,72 @@
+// SIMD interface for AVX2 with FMA and F16C: 8 floats. Included inside the target region.
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  __m256 v;
+};
+
+static inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+static inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+static inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+static inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// The second operand wins when either is NaN.
+static inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Vec exponent_from_low_bits(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+}
+static inline float reduce_add(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float reduce_max(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline void load_pair(const float* p, Vec& a, Vec& b) {
+  a.v = _mm256_loadu_ps(p);
+  b.v = _mm256_loadu_ps(p + 8);
+}
+static inline void store_pair(float* p, Vec a, Vec b) {
+  _mm256_storeu_ps(p, a.v);
+  _mm256_storeu_ps(p + 8, b.v);
+}
+
+// bfloat16: a takes the even elements, b the odd ones, one instruction each. No kernel cares for
+// the order.
+static inline void load_pair(const BFloat16* p, Vec& a, Vec& b) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  a.v = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  b.v =
+      _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+// Round to nearest even. NaNs here come from bfloat16 inputs or are the default NaN, so their low
+// 16 bits are 0 and the addition cannot carry them out of the exponent.
+static inline __m256i rounded_to_upper_half(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last);
+}
+static inline void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m256i even = _mm256_srli_epi32(rounded_to_upper_half(a), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_blend_epi16(even, rounded_to_upper_half(b), 0xaa));
+}
+
+static inline void load_pair(const Float16* p, Vec& a, Vec& b) {
+  a.v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  b.v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+}
+static inline void store_pair(Float16* p, Vec a, Vec b) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8),
+                   _mm256_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+template <int kBytes>
+static inline void prefetch_bytes(const void* p) {
+  for (int i = 0; i < kBytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
+}

@@ -1,0 +1,198 @@
+// pyfast_dpo._C: build facts, CPU capability, loss names, the scalar losses, and the NumPy entry
+// points. Importing it also runs the operator registrations of csrc/torch. No tensor crosses
+// pybind11.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/losses.h"
+#include "cpu/kernels.h"
+#include "cuda/launch.h"
+#include "torch/cpu_driver.h"
+
+namespace py = pybind11;
+
+namespace pyfast_dpo {
+namespace {
+
+#define PFD_STRINGIZE_VALUE(x) #x
+#define PFD_STRINGIZE(x) PFD_STRINGIZE_VALUE(x)
+
+template <class List>
+std::vector<std::string> names() {
+  return {List::kNames, List::kNames + List::kCount};
+}
+
+template <class List>
+int index_of(const std::string& name) {
+  const int index = List::index_of(name.c_str());
+  if (index < 0) throw py::value_error("unknown loss " + name);
+  return index;
+}
+
+// Empty when PYFAST_DPO_CPU_CAPABILITY names nothing that is available.
+std::string cpu_capability() {
+  const cpu::Kernels* table = cpu::kernels();
+  return table == nullptr ? "" : table->name;
+}
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["torch_at_build"] = PFD_STRINGIZE(PFD_TORCH_VERSION);
+  facts["compiler"] = __VERSION__;
+  facts["cpu_kernels"] = std::vector<std::string>{
+      cpu::kGenericKernels.name,
+#if defined(__x86_64__)
+      cpu::kAvx2Kernels.name,
+      cpu::kAvx512Kernels.name,
+#endif
+  };
+  facts["cuda"] = cuda::is_built();
+  facts["cuda_architectures"] = cuda::built_architectures();
+  facts["cuda_runtime"] = cuda::runtime_version();
+  return facts;
+}
+
+DType array_dtype(const py::array& array) {
+  const std::string format = py::str(array.dtype().attr("name"));
+  if (format == "float64") return DType::kFloat64;
+  if (format == "float32") return DType::kFloat32;
+  if (format == "float16") return DType::kFloat16;
+  throw py::type_error("logits must be float64, float32 or float16, got " + format);
+}
+
+py::array new_stats(DType dtype, std::vector<py::ssize_t> shape) {
+  return py::array(py::dtype(dtype == DType::kFloat64 ? "float64" : "float32"), std::move(shape));
+}
+
+// logits [B, T, V] with a contiguous last dimension, labels [B, T] int64 (-100 ignored), both
+// checked by pyfast_dpo/numpy.py -> sequence log-probs [B]
+py::array sequence_logps(const py::array& logits, py::array_t<int64_t, py::array::c_style> labels) {
+  const DType dtype = array_dtype(logits);
+  if (logits.ndim() != 3 || labels.ndim() != 2 || labels.shape(0) != logits.shape(0) ||
+      labels.shape(1) != logits.shape(1) ||
+      (logits.shape(2) > 1 && logits.strides(2) != logits.itemsize())) {
+    throw py::value_error("logits must be [B, T, V] with contiguous rows and labels [B, T]");
+  }
+  const py::ssize_t batch = logits.shape(0), length = logits.shape(1);
+  py::array logps = new_stats(dtype, {batch}), scale = new_stats(dtype, {batch});
+  py::array tokens = new_stats(dtype, {batch, length});
+  py::array row_max = new_stats(dtype, {batch, length}),
+            row_sum = new_stats(dtype, {batch, length});
+  SeqLogpParams params{};
+  params.logits = logits.data();
+  params.batch_stride = logits.strides(0) / logits.itemsize();
+  params.row_stride = logits.strides(1) / logits.itemsize();
+  params.dtype = dtype;
+  params.rows = {labels.data(), batch, length, logits.shape(2), -100, false};
+  params.sequence_logps = logps.mutable_data();
+  params.sequence_scale = scale.mutable_data();
+  params.token_logps = tokens.mutable_data();
+  params.row_max = row_max.mutable_data();
+  params.row_sum = row_sum.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    seq_logp_forward_cpu(params);
+  }
+  return logps;
+}
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+const T* data_or_null(const std::optional<Array<T>>& array, py::ssize_t size) {
+  if (!array.has_value()) return nullptr;
+  if (array->size() != size) throw py::value_error("arrays must have equal lengths");
+  return array->data();
+}
+
+// -> losses, chosen_rewards, rejected_rewards, d losses / d chosen, d losses / d rejected, all [P]
+template <class T>
+py::tuple pair_loss(const Array<T>& policy_chosen, const Array<T>& policy_rejected,
+                    const std::optional<Array<T>>& reference_chosen,
+                    const std::optional<Array<T>>& reference_rejected, const std::string& loss,
+                    double beta, double label_smoothing) {
+  const py::ssize_t pairs = policy_chosen.size();
+  if (policy_rejected.size() != pairs) throw py::value_error("arrays must have equal lengths");
+  Array<T> losses(pairs), chosen_rewards(pairs), rejected_rewards(pairs), d_chosen(pairs),
+      d_rejected(pairs);
+  const std::vector<T> ones(static_cast<size_t>(pairs), T(1));
+  PairLossParams params{};
+  params.dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+  params.loss = index_of<PairLosses>(loss);
+  params.pairs = pairs;
+  params.params.beta = beta;
+  params.params.label_smoothing = label_smoothing;
+  params.policy_chosen = policy_chosen.data();
+  params.policy_rejected = policy_rejected.data();
+  params.reference_chosen = data_or_null(reference_chosen, pairs);
+  params.reference_rejected = data_or_null(reference_rejected, pairs);
+  params.grad_losses = ones.data();
+  params.losses = losses.mutable_data();
+  params.chosen_rewards = chosen_rewards.mutable_data();
+  params.rejected_rewards = rejected_rewards.mutable_data();
+  params.grad_chosen = d_chosen.mutable_data();
+  params.grad_rejected = d_rejected.mutable_data();
+  cpu::pair_loss_forward(params);
+  cpu::pair_loss_backward(params);
+  return py::make_tuple(losses, chosen_rewards, rejected_rewards, d_chosen, d_rejected);
+}
+
+// -> losses, rewards, d losses / d policy, all [N]
+template <class T>
+py::tuple unpaired_loss(const Array<T>& policy, const std::optional<Array<T>>& reference,
+                        const Array<bool>& is_desirable, double kl, const std::string& loss,
+                        double beta, double desirable_weight, double undesirable_weight) {
+  const py::ssize_t count = policy.size();
+  if (is_desirable.size() != count) throw py::value_error("arrays must have equal lengths");
+  Array<T> losses(count), rewards(count), d_policy(count);
+  const std::vector<T> ones(static_cast<size_t>(count), T(1));
+  const T kl_value = static_cast<T>(kl);
+  UnpairedLossParams params{};
+  params.dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+  params.loss = index_of<UnpairedLosses>(loss);
+  params.count = count;
+  params.params.beta = beta;
+  params.params.desirable_weight = desirable_weight;
+  params.params.undesirable_weight = undesirable_weight;
+  params.policy = policy.data();
+  params.reference = data_or_null(reference, count);
+  params.is_desirable = is_desirable.data();
+  params.kl = &kl_value;
+  params.grad_losses = ones.data();
+  params.losses = losses.mutable_data();
+  params.rewards = rewards.mutable_data();
+  params.grad_policy = d_policy.mutable_data();
+  cpu::unpaired_loss_forward(params);
+  cpu::unpaired_loss_backward(params);
+  return py::make_tuple(losses, rewards, d_policy);
+}
+
+}  // namespace
+}  // namespace pyfast_dpo
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pyfast_dpo;
+  m.def("build_facts", &build_facts);
+  m.def("cpu_capability", &cpu_capability);
+  m.def("best_cpu_capability", &cpu::best_capability);
+  m.def("pair_loss_names", &names<PairLosses>);
+  m.def("unpaired_loss_names", &names<UnpairedLosses>);
+  m.def("sequence_logps", &sequence_logps);
+  // noconvert: float32 arrays take the float32 overload, and nothing is cast behind the caller's
+  // back.
+  m.def("pair_loss", &pair_loss<float>, py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg());
+  m.def("pair_loss", &pair_loss<double>, py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg());
+  m.def("unpaired_loss", &unpaired_loss<float>, py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
+  m.def("unpaired_loss", &unpaired_loss<double>, py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
+}

@@ -1,0 +1,12 @@
+// Whole batches of rows on the CPU, over torch's own thread pool (torch.set_num_threads rules).
+#pragma once
+
+#include "common/params.h"
+
+namespace pyfast_dpo {
+
+// Both throw std::runtime_error when PYFAST_DPO_CPU_CAPABILITY names no available capability.
+void seq_logp_forward_cpu(const SeqLogpParams& params);
+void seq_logp_backward_cpu(const SeqLogpBackwardParams& params);
+
+}  // namespace pyfast_dpo

@@ -1,0 +1,197 @@
+// Losses on one number a sequence: checks, allocation, dispatch to cpu/ or cuda/.
+#include "common/losses.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "cpu/kernels.h"
+#include "torch/checks.h"
+#include "torch/cuda_stream.h"
+
+namespace pyfast_dpo {
+namespace {
+
+// float32 or float64, from the argument that gives the others their dtype and length.
+DType stat_dtype(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 1 &&
+          (tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double),
+      op, ": ", name, " must be float32 or float64 with one dimension, got ", describe(tensor));
+  return tensor.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+}
+
+template <class List>
+int loss_index(const char* op, const std::string& name) {
+  const int index = List::index_of(name.c_str());
+  if (index < 0) {
+    std::string names;
+    for (const char* known : List::kNames) names += std::string(names.empty() ? "" : ", ") + known;
+    STD_TORCH_CHECK(false, op, ": loss must be one of ", names, ", got ", name);
+  }
+  return index;
+}
+
+// The arguments of a pair loss, checked and contiguous; they keep the memory of `params` alive.
+struct PairInputs {
+  Tensor policy_chosen, policy_rejected;
+  std::optional<Tensor> reference_chosen, reference_rejected;
+  PairLossParams params{};
+
+  PairInputs(const char* op, const Tensor& chosen, const Tensor& rejected,
+             const std::optional<Tensor>& ref_chosen, const std::optional<Tensor>& ref_rejected,
+             const std::string& loss, double beta, double label_smoothing) {
+    params.dtype = stat_dtype(op, "policy_chosen", chosen);
+    params.loss = loss_index<PairLosses>(op, loss);
+    params.pairs = chosen.size(0);
+    params.params.beta = beta;
+    params.params.label_smoothing = label_smoothing;
+    const auto check = [&](const char* name, const auto& tensor) {
+      return checked(op, name, tensor, chosen.scalar_type(), {params.pairs}, chosen);
+    };
+    policy_chosen = check("policy_chosen", chosen);
+    policy_rejected = check("policy_rejected", rejected);
+    reference_chosen = check("reference_chosen", ref_chosen);
+    reference_rejected = check("reference_rejected", ref_rejected);
+    params.policy_chosen = policy_chosen.const_data_ptr();
+    params.policy_rejected = policy_rejected.const_data_ptr();
+    params.reference_chosen = data_or_null(reference_chosen);
+    params.reference_rejected = data_or_null(reference_rejected);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> pair_loss(const Tensor& chosen, const Tensor& rejected,
+                                             const std::optional<Tensor>& reference_chosen,
+                                             const std::optional<Tensor>& reference_rejected,
+                                             const std::string& loss, double beta,
+                                             double label_smoothing) {
+  const char* op = "pyfast_dpo::pair_loss";
+  PairInputs in(op, chosen, rejected, reference_chosen, reference_rejected, loss, beta,
+                label_smoothing);
+  Tensor losses = torch::stable::empty_like(in.policy_chosen);
+  Tensor chosen_rewards = torch::stable::empty_like(in.policy_chosen);
+  Tensor rejected_rewards = torch::stable::empty_like(in.policy_chosen);
+  in.params.losses = losses.mutable_data_ptr();
+  in.params.chosen_rewards = chosen_rewards.mutable_data_ptr();
+  in.params.rejected_rewards = rejected_rewards.mutable_data_ptr();
+  if (chosen.is_cuda()) {
+    launch_on_current_stream(
+        op, chosen, [&](void* stream) { return cuda::pair_loss_forward(in.params, stream); });
+  } else {
+    cpu::pair_loss_forward(in.params);
+  }
+  return {losses, chosen_rewards, rejected_rewards};
+}
+
+std::tuple<Tensor, Tensor> pair_loss_backward(const Tensor& grad_losses_in, const Tensor& chosen,
+                                              const Tensor& rejected,
+                                              const std::optional<Tensor>& reference_chosen,
+                                              const std::optional<Tensor>& reference_rejected,
+                                              const std::string& loss, double beta,
+                                              double label_smoothing) {
+  const char* op = "pyfast_dpo::pair_loss_backward";
+  PairInputs in(op, chosen, rejected, reference_chosen, reference_rejected, loss, beta,
+                label_smoothing);
+  const Tensor grad_losses =
+      checked(op, "grad_losses", grad_losses_in, chosen.scalar_type(), {in.params.pairs}, chosen);
+  Tensor grad_chosen = torch::stable::empty_like(in.policy_chosen);
+  Tensor grad_rejected = torch::stable::empty_like(in.policy_chosen);
+  in.params.grad_losses = grad_losses.const_data_ptr();
+  in.params.grad_chosen = grad_chosen.mutable_data_ptr();
+  in.params.grad_rejected = grad_rejected.mutable_data_ptr();
+  if (chosen.is_cuda()) {
+    launch_on_current_stream(
+        op, chosen, [&](void* stream) { return cuda::pair_loss_backward(in.params, stream); });
+  } else {
+    cpu::pair_loss_backward(in.params);
+  }
+  return {grad_chosen, grad_rejected};
+}
+
+// The arguments of an unpaired loss, likewise.
+struct UnpairedInputs {
+  Tensor policy, is_desirable, kl;
+  std::optional<Tensor> reference;
+  UnpairedLossParams params{};
+
+  UnpairedInputs(const char* op, const Tensor& policy_in, const std::optional<Tensor>& reference_in,
+                 const Tensor& is_desirable_in, const Tensor& kl_in, const std::string& loss,
+                 double beta, double desirable_weight, double undesirable_weight) {
+    params.dtype = stat_dtype(op, "policy", policy_in);
+    params.loss = loss_index<UnpairedLosses>(op, loss);
+    params.count = policy_in.size(0);
+    params.params.beta = beta;
+    params.params.desirable_weight = desirable_weight;
+    params.params.undesirable_weight = undesirable_weight;
+    const ScalarType stat = policy_in.scalar_type();
+    policy = checked(op, "policy", policy_in, stat, {params.count}, policy_in);
+    reference = checked(op, "reference", reference_in, stat, {params.count}, policy_in);
+    is_desirable =
+        checked(op, "is_desirable", is_desirable_in, ScalarType::Bool, {params.count}, policy_in);
+    kl = checked(op, "kl", kl_in, stat, {1}, policy_in);
+    params.policy = policy.const_data_ptr();
+    params.reference = data_or_null(reference);
+    params.is_desirable = static_cast<const bool*>(is_desirable.const_data_ptr());
+    params.kl = kl.const_data_ptr();
+  }
+};
+
+std::tuple<Tensor, Tensor> unpaired_loss(const Tensor& policy,
+                                         const std::optional<Tensor>& reference,
+                                         const Tensor& is_desirable, const Tensor& kl,
+                                         const std::string& loss, double beta,
+                                         double desirable_weight, double undesirable_weight) {
+  const char* op = "pyfast_dpo::unpaired_loss";
+  UnpairedInputs in(op, policy, reference, is_desirable, kl, loss, beta, desirable_weight,
+                    undesirable_weight);
+  Tensor losses = torch::stable::empty_like(in.policy);
+  Tensor rewards = torch::stable::empty_like(in.policy);
+  in.params.losses = losses.mutable_data_ptr();
+  in.params.rewards = rewards.mutable_data_ptr();
+  if (policy.is_cuda()) {
+    launch_on_current_stream(
+        op, policy, [&](void* stream) { return cuda::unpaired_loss_forward(in.params, stream); });
+  } else {
+    cpu::unpaired_loss_forward(in.params);
+  }
+  return {losses, rewards};
+}
+
+Tensor unpaired_loss_backward(const Tensor& grad_losses_in, const Tensor& policy,
+                              const std::optional<Tensor>& reference, const Tensor& is_desirable,
+                              const Tensor& kl, const std::string& loss, double beta,
+                              double desirable_weight, double undesirable_weight) {
+  const char* op = "pyfast_dpo::unpaired_loss_backward";
+  UnpairedInputs in(op, policy, reference, is_desirable, kl, loss, beta, desirable_weight,
+                    undesirable_weight);
+  const Tensor grad_losses =
+      checked(op, "grad_losses", grad_losses_in, policy.scalar_type(), {in.params.count}, policy);
+  Tensor grad_policy = torch::stable::empty_like(in.policy);
+  in.params.grad_losses = grad_losses.const_data_ptr();
+  in.params.grad_policy = grad_policy.mutable_data_ptr();
+  if (policy.is_cuda()) {
+    launch_on_current_stream(
+        op, policy, [&](void* stream) { return cuda::unpaired_loss_backward(in.params, stream); });
+  } else {
+    cpu::unpaired_loss_backward(in.params);
+  }
+  return grad_policy;
+}
+
+}  // namespace
+}  // namespace pyfast_dpo
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast_dpo, CPU, m) {
+  m.impl("pair_loss", TORCH_BOX(&pyfast_dpo::pair_loss));
+  m.impl("pair_loss_backward", TORCH_BOX(&pyfast_dpo::pair_loss_backward));
+  m.impl("unpaired_loss", TORCH_BOX(&pyfast_dpo::unpaired_loss));
+  m.impl("unpaired_loss_backward", TORCH_BOX(&pyfast_dpo::unpaired_loss_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast_dpo, CUDA, m) {
+  m.impl("pair_loss", TORCH_BOX(&pyfast_dpo::pair_loss));
+  m.impl("pair_loss_backward", TORCH_BOX(&pyfast_dpo::pair_loss_backward));
+  m.impl("unpaired_loss", TORCH_BOX(&pyfast_dpo::unpaired_loss));
+  m.impl("unpaired_loss_backward", TORCH_BOX(&pyfast_dpo::unpaired_loss_backward));
+}

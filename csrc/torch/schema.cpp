@@ -1,0 +1,50 @@
+// Every operator on one screen. Fake and autograd registrations are in pyfast_dpo/_ops.py.
+//
+// Shapes: B sequences, T positions, V vocabulary, P pairs, N unpaired sequences. "stat" is float32,
+// or float64 for float64 inputs. The numbers a row that the forward pass hands to the backward pass
+// are described in csrc/common/params.h.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
+  // logits [B, T, V], labels [B, T] int64 -> sequence_logps [B], token_logps [B, T], row_max [B,
+  // T], row_sum [B, T], sequence_scale [B], all stat. inplace_backward is for autograd: its
+  // backward pass then calls seq_logp_backward_.
+  m.def(
+      "seq_logp(Tensor logits, Tensor labels, int ignore_index, bool shift, bool average, "
+      "bool inplace_backward) -> (Tensor sequence_logps, Tensor token_logps, Tensor row_max, "
+      "Tensor row_sum, Tensor sequence_scale)");
+  // grad_sequence [B], grad_token [B, T] -> gradient [B, T, V] in the dtype of logits
+  m.def(
+      "seq_logp_backward(Tensor? grad_sequence, Tensor? grad_token, Tensor logits, Tensor labels, "
+      "Tensor token_logps, Tensor row_max, Tensor row_sum, Tensor sequence_scale, int "
+      "ignore_index, "
+      "bool shift) -> Tensor");
+  // The same, written over logits.
+  m.def(
+      "seq_logp_backward_(Tensor? grad_sequence, Tensor? grad_token, Tensor(a!) logits, Tensor "
+      "labels, "
+      "Tensor token_logps, Tensor row_max, Tensor row_sum, Tensor sequence_scale, int "
+      "ignore_index, "
+      "bool shift) -> ()");
+
+  // log-probs [P] stat -> losses, chosen_rewards, rejected_rewards [P]
+  m.def(
+      "pair_loss(Tensor policy_chosen, Tensor policy_rejected, Tensor? reference_chosen, "
+      "Tensor? reference_rejected, str loss, float beta, float label_smoothing) -> (Tensor losses, "
+      "Tensor chosen_rewards, Tensor rejected_rewards)");
+  // -> gradients of the policy's log-probs [P]
+  m.def(
+      "pair_loss_backward(Tensor grad_losses, Tensor policy_chosen, Tensor policy_rejected, "
+      "Tensor? reference_chosen, Tensor? reference_rejected, str loss, float beta, "
+      "float label_smoothing) -> (Tensor grad_chosen, Tensor grad_rejected)");
+
+  // log-probs [N] stat, is_desirable [N] bool, kl [1] stat -> losses, rewards [N]
+  m.def(
+      "unpaired_loss(Tensor policy, Tensor? reference, Tensor is_desirable, Tensor kl, str loss, "
+      "float beta, float desirable_weight, float undesirable_weight) -> (Tensor losses, Tensor "
+      "rewards)");
+  m.def(
+      "unpaired_loss_backward(Tensor grad_losses, Tensor policy, Tensor? reference, "
+      "Tensor is_desirable, Tensor kl, str loss, float beta, float desirable_weight, "
+      "float undesirable_weight) -> Tensor");
+}

@@ -1,0 +1,30 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+def build_facts() -> dict[str, Any]: ...
+def cpu_capability() -> str: ...
+def best_cpu_capability() -> str: ...
+def pair_loss_names() -> list[str]: ...
+def unpaired_loss_names() -> list[str]: ...
+def sequence_logps(logits: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[Any]: ...
+def pair_loss(
+    policy_chosen: NDArray[Any],
+    policy_rejected: NDArray[Any],
+    reference_chosen: NDArray[Any] | None,
+    reference_rejected: NDArray[Any] | None,
+    loss: str,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+def unpaired_loss(
+    policy: NDArray[Any],
+    reference: NDArray[Any] | None,
+    is_desirable: NDArray[np.bool_],
+    kl: float,
+    loss: str,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...

@@ -1,0 +1,26 @@
+"""pyfast_dpo: fused kernels for preference optimization (DPO, IPO, KTO), for torch and NumPy."""
+
+from pyfast_dpo._build import build_info
+from pyfast_dpo.functional import (
+    kto_kl,
+    kto_loss,
+    preference_loss,
+    sequence_logps,
+    token_logps,
+)
+from pyfast_dpo.fused import fused_dpo_loss, fused_ipo_loss, fused_kto_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "fused_dpo_loss",
+    "fused_ipo_loss",
+    "fused_kto_loss",
+    "kto_kl",
+    "kto_loss",
+    "preference_loss",
+    "sequence_logps",
+    "token_logps",
+]

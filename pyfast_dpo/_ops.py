@@ -1,0 +1,156 @@
+"""The compiled operators for torch: fake implementations (shapes), autograd, and who may call them.
+
+The schemas are in `csrc/torch/schema.cpp`; this is the only file that says `torch.ops.pyfast_dpo`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch  # loads libtorch, which _C links against
+from torch import Tensor
+
+from pyfast_dpo import _C
+
+PAIR_LOSS_NAMES: tuple[str, ...] = tuple(_C.pair_loss_names())
+UNPAIRED_LOSS_NAMES: tuple[str, ...] = tuple(_C.unpaired_loss_names())
+
+if not _C.cpu_capability():
+    raise ImportError(
+        "pyfast_dpo: PYFAST_DPO_CPU_CAPABILITY must be one of "
+        f"{_C.build_facts()['cpu_kernels']} and available; this CPU offers up to "
+        f"{_C.best_cpu_capability()!r}"
+    )
+
+_namespace = torch.ops.pyfast_dpo
+seq_logp = _namespace.seq_logp
+pair_loss = _namespace.pair_loss
+unpaired_loss = _namespace.unpaired_loss
+
+_HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
+
+
+def has_kernels(device_type: str) -> bool:
+    return _HAS_KERNELS.get(device_type, False)
+
+
+def _statistics_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+# --- log-probs of labels ------------------------------------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::seq_logp")
+def _(logits, labels, ignore_index, shift, average, inplace_backward):
+    torch._check(logits.dim() == 3, lambda: "pyfast_dpo::seq_logp: logits must be [B, T, V]")
+    batch, length, _ = logits.shape
+    per_row = [logits.new_empty((batch, length), dtype=_statistics_dtype(logits)) for _ in range(3)]
+    per_sequence = [logits.new_empty((batch,), dtype=_statistics_dtype(logits)) for _ in range(2)]
+    return per_sequence[0], *per_row, per_sequence[1]
+
+
+@torch.library.register_fake("pyfast_dpo::seq_logp_backward")
+def _(grad_sequence, grad_token, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("pyfast_dpo::seq_logp_backward_")
+def _(*args):
+    return None
+
+
+def _seq_logp_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, ctx.ignore_index, ctx.shift, _, ctx.inplace = inputs
+    _, tokens, row_max, row_sum, scale = output
+    ctx.mark_non_differentiable(row_max, row_sum, scale)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, tokens, row_max, row_sum, scale)
+
+
+def _seq_logp_backward(ctx: Any, grad_sequence: Tensor | None, grad_token: Tensor | None, *_: None):
+    if grad_sequence is None and grad_token is None:
+        return (None,) * 6
+    args = (grad_sequence, grad_token, *ctx.saved_tensors, ctx.ignore_index, ctx.shift)
+    if ctx.inplace and not torch.is_grad_enabled():
+        # Writing through the saved tensor counts as a change of it, so that a second backward pass, or
+        # another operator that saved the logits, raises instead of reading the gradient as logits.
+        _namespace.seq_logp_backward_(*args)
+        grad = args[2].detach()
+    else:
+        grad = _namespace.seq_logp_backward(*args)
+    return grad, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "pyfast_dpo::seq_logp", _seq_logp_backward, setup_context=_seq_logp_setup
+)
+
+
+# --- losses on log-probs ------------------------------------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::pair_loss")
+def _(policy_chosen, *rest):
+    return tuple(torch.empty_like(policy_chosen) for _ in range(3))
+
+
+@torch.library.register_fake("pyfast_dpo::pair_loss_backward")
+def _(grad_losses, policy_chosen, *rest):
+    return torch.empty_like(policy_chosen), torch.empty_like(policy_chosen)
+
+
+@torch.library.register_fake("pyfast_dpo::unpaired_loss")
+def _(policy, *rest):
+    return torch.empty_like(policy), torch.empty_like(policy)
+
+
+@torch.library.register_fake("pyfast_dpo::unpaired_loss_backward")
+def _(grad_losses, policy, *rest):
+    return torch.empty_like(policy)
+
+
+def _loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(*output[1:])  # rewards
+    ctx.set_materialize_grads(False)
+    ctx.tensor_count = sum(1 for value in inputs if value is None or isinstance(value, Tensor))
+    ctx.options = inputs[ctx.tensor_count :]
+    ctx.save_for_backward(*inputs[: ctx.tensor_count])
+
+
+def _pair_loss_backward(ctx: Any, grad_losses: Tensor | None, *_: None):
+    if grad_losses is None:
+        return (None,) * 7
+    grads = _namespace.pair_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None, None
+
+
+def _unpaired_loss_backward(ctx: Any, grad_losses: Tensor | None, *_: None):
+    if grad_losses is None:
+        return (None,) * 8
+    grad = _namespace.unpaired_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "pyfast_dpo::pair_loss", _pair_loss_backward, setup_context=_loss_setup
+)
+torch.library.register_autograd(
+    "pyfast_dpo::unpaired_loss", _unpaired_loss_backward, setup_context=_loss_setup
+)
+
+
+# --- double backward: refused by name, never a wrong number -----------------------------------------
+
+
+def _refuse_double_backward(name: str) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"pyfast_dpo::{name} has no second derivative; use impl='torch' for double backward"
+        )
+
+    torch.library.register_autograd(f"pyfast_dpo::{name}", backward)
+
+
+for _name in ("seq_logp_backward", "pair_loss_backward", "unpaired_loss_backward"):
+    _refuse_double_backward(_name)

@@ -1,0 +1,225 @@
+"""From logits to the loss in one call: the drop-in for a training loop that has its logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfast_dpo._checks import check_constants, check_per_sequence, check_tensor, describe
+from pyfast_dpo.functional import (
+    Impl,
+    kto_loss,
+    mean_of_losses,
+    preference_loss,
+    sequence_logps,
+)
+
+
+class FusedPreferenceLoss(NamedTuple):
+    """Result of `fused_dpo_loss` and `fused_ipo_loss`; only `loss` carries a gradient."""
+
+    loss: Tensor  # scalar, mean over the pairs; 0 for P = 0
+    chosen_logps: Tensor  # [P]
+    rejected_logps: Tensor  # [P]
+    chosen_rewards: Tensor  # [P] beta * (policy - reference)
+    rejected_rewards: Tensor  # [P]
+    losses: Tensor  # [P]
+
+
+class FusedUnpairedLoss(NamedTuple):
+    """Result of `fused_kto_loss`; only `loss` carries a gradient."""
+
+    loss: Tensor  # scalar, mean over the rows; 0 for N = 0
+    logps: Tensor  # [N]
+    rewards: Tensor  # [N] beta * (policy - reference)
+    losses: Tensor  # [N]
+
+
+def fused_dpo_loss(
+    policy_logits: Tensor,
+    labels: Tensor,
+    *,
+    reference_logps: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    average: bool | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    validate: bool | None = None,
+    impl: Impl = "auto",
+) -> FusedPreferenceLoss:
+    """Mean preference loss of P pairs stacked as rows 0..P-1 chosen, P..2P-1 rejected.
+
+    Args:
+        policy_logits: `[2P, T, V]`, float64, float32, bfloat16 or float16.
+        labels: `[2P, T]` int64; `ignore_index` for prompt and padding.
+        reference_logps: `[2P]` log-probs of the reference model, stacked and averaged (or summed) as
+            those of the policy; or
+        reference_logits: `[2P, T, V]` logits of the reference model. With neither, the reference is
+            uniform (log-prob 0).
+        beta, loss_type, label_smoothing: as in `preference_loss`.
+        average: average the log-probs over the tokens instead of summing them. By default for "ipo" only
+            (the authors' reading); pass False for the sums of the paper's formula.
+        shift: the Hugging Face layout, where position t scores label t + 1.
+        inplace_backward: the gradient overwrites `policy_logits`, see `token_logps`.
+
+    Returns:
+        `FusedPreferenceLoss`. policy == reference gives a "sigmoid" loss of exactly ln 2.
+
+    Raises:
+        TypeError, ValueError: wrong types, dtypes, shapes, devices, options; an odd number of rows.
+    """
+    name = "fused_dpo_loss"
+    check_tensor(name, "policy_logits", policy_logits)
+    if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:
+        raise ValueError(
+            f"{name}: policy_logits must have shape [2P, T, V], chosen rows first, then as many rejected "
+            f"rows, got {describe(policy_logits)}"
+        )
+    if average is None:
+        average = loss_type == "ipo"
+    options = {"average": average, "shift": shift, "ignore_index": ignore_index, "impl": impl}
+    reference = _reference_logps(
+        name, policy_logits, labels, reference_logps, reference_logits, validate, options
+    )
+    policy = sequence_logps(
+        policy_logits, labels, inplace_backward=inplace_backward, validate=validate, **options
+    )
+    pairs = policy.shape[0] // 2
+    chosen, rejected = policy[:pairs], policy[pairs:]
+    result = preference_loss(
+        chosen,
+        rejected,
+        None if reference is None else reference[:pairs],
+        None if reference is None else reference[pairs:],
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        impl=impl,
+    )
+    return FusedPreferenceLoss(
+        mean_of_losses(result.losses),
+        chosen.detach(),
+        rejected.detach(),
+        result.chosen_rewards,
+        result.rejected_rewards,
+        result.losses.detach(),
+    )
+
+
+def fused_ipo_loss(
+    policy_logits: Tensor,
+    labels: Tensor,
+    *,
+    reference_logps: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    beta: float = 0.1,
+    average: bool = True,
+    shift: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    validate: bool | None = None,
+    impl: Impl = "auto",
+) -> FusedPreferenceLoss:
+    """`fused_dpo_loss` with `loss_type="ipo"` (Azar et al. 2023, eq. 17), on length-averaged log-probs."""
+    return fused_dpo_loss(
+        policy_logits,
+        labels,
+        reference_logps=reference_logps,
+        reference_logits=reference_logits,
+        beta=beta,
+        loss_type="ipo",
+        average=average,
+        shift=shift,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        validate=validate,
+        impl=impl,
+    )
+
+
+def fused_kto_loss(
+    policy_logits: Tensor,
+    labels: Tensor,
+    is_desirable: Tensor,
+    *,
+    kl: Tensor | float,
+    reference_logps: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    shift: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    validate: bool | None = None,
+    impl: Impl = "auto",
+) -> FusedUnpairedLoss:
+    """Mean KTO loss (Ethayarajh et al. 2024, eq. 8) of N unpaired responses.
+
+    Args:
+        policy_logits: `[N, T, V]`; labels: `[N, T]` int64; is_desirable: `[N]` bool.
+        kl: one number, a constant: the estimate of KL(policy || reference), see `kto_kl`.
+        reference_logps `[N]`, reference_logits `[N, T, V]`: as in `fused_dpo_loss`.
+        desirable_weight, undesirable_weight: >= 0.
+
+    Returns:
+        `FusedUnpairedLoss`.
+    """
+    name = "fused_kto_loss"
+    check_tensor(name, "policy_logits", policy_logits)
+    if policy_logits.dim() != 3:
+        raise ValueError(
+            f"{name}: policy_logits must have shape [N, T, V], got {describe(policy_logits)}"
+        )
+    options = {"average": False, "shift": shift, "ignore_index": ignore_index, "impl": impl}
+    reference = _reference_logps(
+        name, policy_logits, labels, reference_logps, reference_logits, validate, options
+    )
+    policy = sequence_logps(
+        policy_logits, labels, inplace_backward=inplace_backward, validate=validate, **options
+    )
+    result = kto_loss(
+        policy,
+        is_desirable,
+        reference,
+        kl=kl,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        impl=impl,
+    )
+    return FusedUnpairedLoss(
+        mean_of_losses(result.losses), policy.detach(), result.rewards, result.losses.detach()
+    )
+
+
+def _reference_logps(
+    function: str,
+    policy_logits: Tensor,
+    labels: Tensor,
+    logps: Tensor | None,
+    logits: Tensor | None,
+    validate: bool | None,
+    options: dict,
+) -> Tensor | None:
+    """The reference's log-probs `[rows]` from whichever of the two forms was given."""
+    if logps is not None and logits is not None:
+        raise ValueError(f"{function}: pass reference_logps or reference_logits, not both")
+    if logits is not None:
+        check_tensor(function, "reference_logits", logits)
+        if logits.shape != policy_logits.shape:
+            raise ValueError(
+                f"{function}: reference_logits must have the shape of policy_logits, "
+                f"{list(policy_logits.shape)}, got {describe(logits)}"
+            )
+        with torch.no_grad():
+            return sequence_logps(logits, labels, validate=validate, **options)
+    check_per_sequence(function, policy_logits.shape[0], policy_logits, reference_logps=logps)
+    check_constants(function, reference_logps=logps)
+    return logps

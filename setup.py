@@ -1,0 +1,197 @@
+"""Builds pyfast_dpo._C with one ninja file: C++ by the C++ compiler, CUDA by nvcc where it is found.
+
+Environment: PYFAST_DPO_CUDA=auto|0|1 (auto: CUDA kernels when nvcc is found), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1, CXX.
+
+torch's BuildExtension is not used: on a CPU-only torch it refuses CUDA sources, and with a CUDA torch it links
+libtorch_cuda. The kernels need neither: they know no torch, and the CUDA runtime is linked statically.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+# Binaries for one architecture run on later ones of the same major version; PTX covers what comes after.
+DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0+PTX"]
+TORCH_TARGET_VERSION = (
+    "0x020a000000000000"  # the stable ABI of torch 2.10: one binary for every later torch
+)
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]  # gcc's own intrinsics
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit with nvcc, or None when it is not wanted or not there."""
+    wanted = os.environ.get("PYFAST_DPO_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"PYFAST_DPO_CUDA must be auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        # The nvcc on PATH may be a link or a script: ask it where its toolkit is.
+        lines = subprocess.run(
+            [nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        ).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", lines, re.MULTILINE)
+        candidates.append(top.group(1).strip() if top else str(Path(nvcc).resolve().parent.parent))
+    candidates.append("/usr/local/cuda")
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "bin" / "nvcc").exists():
+            return Path(candidate).resolve()
+    if wanted == "1":
+        raise SystemExit("PYFAST_DPO_CUDA=1 but nvcc was not found; set CUDA_HOME or PATH")
+    return None
+
+
+def architectures(nvcc: Path) -> list[str]:
+    """Numbers such as "90", with "+PTX" where asked, of what this nvcc can compile."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    names = re.split(r"[;\s]+", wanted.strip()) if wanted else DEFAULT_ARCHITECTURES
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = set(re.findall(r"compute_(\d+)", listed.stdout))
+    numbers = [name.replace(".", "") for name in names if name]
+    unknown = [n for n in numbers if n.removesuffix("+PTX").rstrip("af") not in known]
+    if wanted and unknown:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST names {unknown}, but {nvcc} knows {sorted(known)}")
+    return [n for n in numbers if n not in unknown]
+
+
+def find_library(home: Path, name: str) -> Path:
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (home / folder / name).exists():
+            return home / folder / name
+    raise SystemExit(
+        f"{name} was not found below {home}; install the CUDA runtime's static library"
+    )
+
+
+def escape(text: str) -> str:
+    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaBuild(build_ext):
+    """Compiles the one extension of this package."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        debug = os.environ.get("DEBUG", "0") not in ("", "0")
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+
+        optimize = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
+        # -isystem, pybind11 before torch: torch bundles an older pybind11 of its own.
+        python_headers = sysconfig.get_paths()["include"]
+        system = [pybind11.get_include(), python_headers, *include_paths()]
+        cxx_flags = [
+            *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"),
+            *optimize,
+            *WARNINGS,
+            f"-I{CSRC}",
+            *(f"-isystem{path}" for path in system),
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            f"-DPFD_TORCH_VERSION={torch.__version__}",
+        ]
+        # torch stays needed although nothing names it: through it the loader finds the CUDA stream symbol.
+        link_flags = [
+            *(f"-L{path}" for path in library_paths()),
+            *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"),
+            "-Wl,--exclude-libs,ALL",
+            *([] if debug else ["-s"]),
+        ]
+        sources = [p for p in sorted(CSRC.glob("*/*.cpp")) if p.parent.name != "cuda"]
+
+        home = cuda_home()
+        nvcc_flags: list[str] = []
+        if home is None:
+            sources.append(CSRC / "cuda" / "not_built.cpp")
+            summary = "without CUDA kernels"
+        else:
+            targets = architectures(home / "bin" / "nvcc")
+            sources += sorted((CSRC / "cuda").glob("*.cu"))
+            nvcc_flags = [
+                "-std=c++17",
+                "-O3",
+                "-lineinfo",
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden",
+            ]
+            nvcc_flags += [f"-I{CSRC}", f"-DPFD_CUDA_ARCHITECTURES={'_'.join(targets)}"]
+            for target in targets:
+                number = target.removesuffix("+PTX")
+                code = [f"sm_{number}"] + ([f"compute_{number}"] if target.endswith("+PTX") else [])
+                nvcc_flags.append(f"-gencode=arch=compute_{number},code=[{','.join(code)}]")
+            link_flags += [
+                str(find_library(home, "libcudart_static.a")),
+                "-ldl",
+                "-lrt",
+                "-lpthread",
+            ]
+            summary = f"with CUDA kernels for {', '.join(targets)} by {home / 'bin' / 'nvcc'}"
+        summary = (
+            f"pyfast_dpo: CPU kernels generic, avx2, avx512; {summary}; torch {torch.__version__}"
+        )
+
+        objects = []
+        edges = []
+        for source in sources:
+            target = build / f"{source.parent.name}_{source.name}.o"
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            objects.append(escape(str(target)))
+            edges.append(f"build {objects[-1]}: {rule} {escape(str(source))}")
+        edges.append(f"build {escape(str(output))}: link {' '.join(objects)}")
+
+        cxx = os.environ.get("CXX", "g++")
+        nvcc = home / "bin" / "nvcc" if home else "nvcc"
+        rules = {
+            "cxx": f"{cxx} {join(cxx_flags)} -MMD -MF $out.d -c $in -o $out",
+            "nvcc": f"{nvcc} {join(nvcc_flags)} -MD -MF $out.d -c $in -o $out",
+            "link": f"{cxx} -shared $in -o $out {join(link_flags)}",
+        }
+        lines = ["ninja_required_version = 1.5"]
+        for name, command in rules.items():
+            lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+            lines += [] if name == "link" else ["  depfile = $out.d", "  deps = gcc"]
+        (build / "build.ninja").write_text("\n".join([*lines, *edges]) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([ninja_executable(), "-C", str(build), *jobs], check=True)
+        print(summary, flush=True)
+
+
+def join(flags: list[str]) -> str:
+    import shlex
+
+    return shlex.join(flags).replace("$", "$$")
+
+
+def ninja_executable() -> str:
+    try:
+        from ninja import BIN_DIR
+
+        return str(Path(BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise SystemExit("ninja was not found: pip install ninja") from None
+        return found
+
+
+setup(ext_modules=[Extension("pyfast_dpo._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
