@@ -8,6 +8,7 @@ differentiable torch (`reference.py`), `impl="auto"` the kernels wherever they e
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
@@ -351,7 +352,7 @@ def _check_inplace(function: str, logits: Tensor) -> None:
     sizes = [n for n in logits.shape if n > 1]
     spans = sorted(zip(strides, sizes, strict=True))
     overlapping = any(
-        outer[0] < inner[0] * inner[1] for inner, outer in zip(spans, spans[1:], strict=False)
+        outer[0] < inner[0] * inner[1] for inner, outer in itertools.pairwise(spans)
     )
     if 0 in strides or overlapping or logits.stride(-1) != 1 or logits.dim() > 3:
         raise ValueError(

@@ -50,9 +50,11 @@ static constexpr float kRounder = 12582912.0f + 127.0f;
 static constexpr float kLowestExponent = -127.0f;
 // Beyond this, z * log2(e) could overflow: such rows go to the scalar code.
 static constexpr float kLargestPeak = 1e30f;
-static constexpr int64_t kBlock =
-    2048;  // elements; 8 KiB of float32 stay in L1 between the two passes
+// How far, in powers of two, entries may rise above the reference of their block's sum.
+static constexpr float kHeadroom = 32.0f;
+static constexpr int64_t kBlock = 2048;            // elements
 static constexpr int64_t kPair = 2 * Vec::kWidth;  // load_pair and store_pair move two vectors
+static constexpr int64_t kAhead = 1024;            // elements to prefetch ahead
 
 // 2^y split into a polynomial value and a power of two, both to be multiplied. NaN stays NaN.
 template <int kDegree>
@@ -80,65 +82,47 @@ static inline void load_tail(const T* z, int64_t count, float filler, Vec& a, Ve
   load_pair(buffer, a, b);
 }
 
-template <class T>
-static inline float block_max(const T* z, int64_t count) {
-  const float lowest = -__builtin_inff();
-  Vec m0 = set1(lowest), m1 = m0, m2 = m0, m3 = m0, a, b;
-  int64_t i = 0;
-  for (; i + 2 * kPair <= count; i += 2 * kPair) {
-    load_pair(z + i, a, b);
-    m0 = max(m0, a);
-    m1 = max(m1, b);
-    load_pair(z + i + kPair, a, b);
-    m2 = max(m2, a);
-    m3 = max(m3, b);
-  }
-  for (; i < count; i += kPair) {
-    if (count - i >= kPair) {
-      load_pair(z + i, a, b);
-    } else {
-      load_tail(z + i, count - i, lowest, a, b);
-    }
-    m0 = max(m0, a);
-    m1 = max(m1, b);
-  }
-  return reduce_max(max(max(m0, m1), max(m2, m3)));
-}
+struct BlockSum {
+  float sum;   // of 2^(z log2(e) - reference); meaningless when the peak is far above the reference
+  float peak;  // maximum; may miss NaN, which the sum never does
+};
 
-// sum of 2^(z log2(e) - reference). Reads ahead, so that the next block's maximum finds its data in
-// cache.
 template <class T>
-static inline float block_sum(const T* z, int64_t count, float reference) {
+static inline BlockSum sum_block(const T* z, int64_t count, float reference) {
   Vec c[6];
   load_coefficients<5>(1.0f, c);
   const Vec log2e = set1(kLog2E), offset = set1(-reference);
-  Vec s0 = set1(0.0f), s1 = s0, s2 = s0, s3 = s0, a, b, value, power;
-  int64_t i = 0;
-  for (; i + 2 * kPair <= count; i += 2 * kPair) {
-    prefetch_bytes<2 * kPair * sizeof(T)>(z + i + kBlock);
-    load_pair(z + i, a, b);
+  Vec sum_a = set1(0.0f), sum_b = sum_a, peak_a = set1(-__builtin_inff()), peak_b = peak_a;
+  Vec a, b, value, power;
+  for (int64_t i = 0; i < count; i += kPair) {
+    if (count - i >= kPair) {
+      prefetch_bytes<kPair * sizeof(T)>(z + i + kAhead);
+      load_pair(z + i, a, b);
+    } else {
+      load_tail(z + i, count - i, -__builtin_inff(), a, b);
+    }
+    peak_a = max(peak_a, a);
     exp2_parts<5>(fma(a, log2e, offset), c, value, power);
-    s0 = fma(value, power, s0);
+    sum_a = fma(value, power, sum_a);
+    peak_b = max(peak_b, b);
     exp2_parts<5>(fma(b, log2e, offset), c, value, power);
-    s1 = fma(value, power, s1);
-    load_pair(z + i + kPair, a, b);
-    exp2_parts<5>(fma(a, log2e, offset), c, value, power);
-    s2 = fma(value, power, s2);
-    exp2_parts<5>(fma(b, log2e, offset), c, value, power);
-    s3 = fma(value, power, s3);
+    sum_b = fma(value, power, sum_b);
   }
-  for (; i < count; i += kPair) {
+  return {reduce_add(add(sum_a, sum_b)), reduce_max(max(peak_a, peak_b))};
+}
+
+template <class T>
+static inline float first_peak(const T* z, int64_t count) {
+  Vec peak = set1(-__builtin_inff()), a, b;
+  for (int64_t i = 0; i < count; i += kPair) {
     if (count - i >= kPair) {
       load_pair(z + i, a, b);
     } else {
       load_tail(z + i, count - i, -__builtin_inff(), a, b);
     }
-    exp2_parts<5>(fma(a, log2e, offset), c, value, power);
-    s0 = fma(value, power, s0);
-    exp2_parts<5>(fma(b, log2e, offset), c, value, power);
-    s1 = fma(value, power, s1);
+    peak = max(max(peak, a), b);
   }
-  return reduce_add(add(add(s0, s1), add(s2, s3)));
+  return reduce_max(peak);
 }
 
 template <class T>
@@ -152,33 +136,41 @@ static inline bool has_nan(const T* z, int64_t count) {
 // Running log-sum-exp of the entries seen so far: sum of 2^(z log2(e) - reference).
 struct Running {
   float peak;       // maximum so far, -inf at first
-  float reference;  // float nearest to peak * log2(e)
+  float reference;  // near a maximum seen so far, times log2(e)
   double total;
   bool in_range;  // false: leave this row to the scalar code
 };
 
+static inline void move_reference(float peak, Running& running) {
+  const float reference = peak * kLog2E;
+  if (running.total != 0) {
+    running.total *= __builtin_exp2(static_cast<double>(running.reference) - reference);
+  }
+  running.reference = reference;
+  running.in_range = peak < kLargestPeak && peak > -kLargestPeak;
+}
+
+// One pass: each block is summed against the reference of the blocks before it, and again only when
+// it rises far above, which happens a few times in a row of logits at most.
 template <class T>
 static inline void add_span(const T* z, int64_t count, Running& running) {
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
+  for (int64_t begin = 0; begin < count && running.in_range; begin += kBlock) {
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
-    const float peak = block_max(z + begin, size);
-    if (peak == -__builtin_inff()) {  // nothing possible here, unless a NaN hid from the maximum
-      if (has_nan(z + begin, size)) running.total = __builtin_nan("");
-      continue;
-    }
-    if (!(peak < kLargestPeak && peak > -kLargestPeak)) {
-      running.in_range = false;
-      return;
-    }
-    if (peak > running.peak) {
-      const float reference = peak * kLog2E;
-      if (running.total != 0) {
-        running.total *= __builtin_exp2(static_cast<double>(running.reference) - reference);
+    if (running.peak == -__builtin_inff()) {
+      running.peak = first_peak(z + begin, size);
+      if (running.peak == -__builtin_inff()) {  // nothing possible here, unless a NaN hid
+        if (has_nan(z + begin, size)) running.total = __builtin_nan("");
+        continue;
       }
-      running.peak = peak;
-      running.reference = reference;
+      move_reference(running.peak, running);
     }
-    running.total += block_sum(z + begin, size, running.reference);
+    BlockSum block = sum_block(z + begin, size, running.reference);
+    if (block.peak * kLog2E - running.reference > kHeadroom) {
+      move_reference(block.peak, running);
+      block = sum_block(z + begin, size, running.reference);
+    }
+    running.peak = block.peak > running.peak ? block.peak : running.peak;
+    running.total += block.sum;
   }
 }
 
@@ -209,7 +201,7 @@ static inline void gradient_span(const T* z, T* grad, int64_t count, float refer
   Vec a, b, value, power;
   int64_t i = 0;
   for (; i + kPair <= count; i += kPair) {
-    prefetch_bytes<kPair * sizeof(T)>(z + i + kBlock / 2);
+    prefetch_bytes<kPair * sizeof(T)>(z + i + kAhead);
     load_pair(z + i, a, b);
     exp2_parts<kDegree>(fma(a, log2e, offset), c, value, power);
     a = mul(value, power);

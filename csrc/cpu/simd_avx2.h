@@ -43,12 +43,11 @@ static inline void load_pair(const BFloat16* p, Vec& a, Vec& b) {
   b.v =
       _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-// Round to nearest even. NaNs here come from bfloat16 inputs or are the default NaN, so their low
-// 16 bits are 0 and the addition cannot carry them out of the exponent.
+// Round to nearest, ties away from zero: half an ulp like ties to even, in one instruction instead
+// of four. NaNs here come from bfloat16 inputs or are the default NaN, so their low 16 bits are 0
+// and the addition cannot carry them out of the exponent.
 static inline __m256i rounded_to_upper_half(Vec a) {
-  const __m256i bits = _mm256_castps_si256(a.v);
-  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last);
+  return _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x8000));
 }
 static inline void store_pair(BFloat16* p, Vec a, Vec b) {
   const __m256i even = _mm256_srli_epi32(rounded_to_upper_half(a), 16);

@@ -36,12 +36,11 @@ static inline void load_pair(const BFloat16* p, Vec& a, Vec& b) {
   b.v =
       _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-// Round to nearest even. NaNs here come from bfloat16 inputs or are the default NaN, so their low
-// 16 bits are 0 and the addition cannot carry them out of the exponent.
+// Round to nearest, ties away from zero: half an ulp like ties to even, in one instruction instead
+// of four. NaNs here come from bfloat16 inputs or are the default NaN, so their low 16 bits are 0
+// and the addition cannot carry them out of the exponent.
 static inline __m512i rounded_to_upper_half(Vec a) {
-  const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+  return _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000));
 }
 static inline void store_pair(BFloat16* p, Vec a, Vec b) {
   const __m512i even = _mm512_srli_epi32(rounded_to_upper_half(a), 16);
