@@ -9,8 +9,10 @@ libtorch_cuda. The kernels need neither: they know no torch, and the CUDA runtim
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -94,7 +96,8 @@ class NinjaBuild(build_ext):
         debug = os.environ.get("DEBUG", "0") not in ("", "0")
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve()
+        # Not build_temp: pip gives that a fresh folder every time, and ninja would start anew.
+        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
 
         optimize = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
@@ -130,7 +133,8 @@ class NinjaBuild(build_ext):
             nvcc_flags = [
                 "-std=c++17",
                 "-O3",
-                "-lineinfo",
+                "-Xfatbin",
+                "-compress-all",
                 "-Xcompiler",
                 "-fPIC,-fvisibility=hidden",
             ]
@@ -177,8 +181,6 @@ class NinjaBuild(build_ext):
 
 
 def join(flags: list[str]) -> str:
-    import shlex
-
     return shlex.join(flags).replace("$", "$$")
 
 

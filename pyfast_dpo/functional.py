@@ -351,9 +351,7 @@ def _check_inplace(function: str, logits: Tensor) -> None:
     strides = [s for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1]
     sizes = [n for n in logits.shape if n > 1]
     spans = sorted(zip(strides, sizes, strict=True))
-    overlapping = any(
-        outer[0] < inner[0] * inner[1] for inner, outer in itertools.pairwise(spans)
-    )
+    overlapping = any(outer[0] < inner[0] * inner[1] for inner, outer in itertools.pairwise(spans))
     if 0 in strides or overlapping or logits.stride(-1) != 1 or logits.dim() > 3:
         raise ValueError(
             f"{function}: inplace_backward needs logits [B, T, V] or [T, V] whose elements do not share "

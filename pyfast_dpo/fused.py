@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,12 @@ def fused_dpo_loss(
         )
     if average is None:
         average = loss_type == "ipo"
-    options = {"average": average, "shift": shift, "ignore_index": ignore_index, "impl": impl}
+    options: dict[str, Any] = {
+        "average": average,
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "impl": impl,
+    }
     reference = _reference_logps(
         name, policy_logits, labels, reference_logps, reference_logits, validate, options
     )
@@ -177,7 +182,12 @@ def fused_kto_loss(
         raise ValueError(
             f"{name}: policy_logits must have shape [N, T, V], got {describe(policy_logits)}"
         )
-    options = {"average": False, "shift": shift, "ignore_index": ignore_index, "impl": impl}
+    options: dict[str, Any] = {
+        "average": False,
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "impl": impl,
+    }
     reference = _reference_logps(
         name, policy_logits, labels, reference_logps, reference_logits, validate, options
     )
@@ -206,7 +216,7 @@ def _reference_logps(
     logps: Tensor | None,
     logits: Tensor | None,
     validate: bool | None,
-    options: dict,
+    options: dict[str, Any],
 ) -> Tensor | None:
     """The reference's log-probs `[rows]` from whichever of the two forms was given."""
     if logps is not None and logits is not None:

