@@ -138,7 +138,7 @@ class NinjaBuild(build_ext):
                 "-Xcompiler",
                 "-fPIC,-fvisibility=hidden",
             ]
-            nvcc_flags += [f"-I{CSRC}", f"-DPFD_CUDA_ARCHITECTURES={'_'.join(targets)}"]
+            nvcc_flags += [f"-I{CSRC}"]
             for target in targets:
                 number = target.removesuffix("+PTX")
                 code = [f"sm_{number}"] + ([f"compute_{number}"] if target.endswith("+PTX") else [])

@@ -27,9 +27,10 @@ struct UnpairedValue {
 };
 
 // DPO (Rafailov et al. 2023, eq. 7); label_smoothing e gives conservative DPO (Mitchell 2023):
-//   -(1 - e) log sigmoid(h) - e log sigmoid(-h) = softplus(-h) + e h,   h = beta (chosen -
-//   rejected).
-// The right-hand form is exactly ln 2 at h = 0 for every e.
+//   -(1 - e) log sigmoid(h) - e log sigmoid(-h) = log(1 + e^-|h|) + (e if h > 0 else 1 - e) |h|,
+//   h = beta (chosen - rejected).
+// The right-hand form is exactly ln 2 at h = 0 for every e. An impossible response makes h
+// infinite; e = 0 then leaves a loss of 0 or inf, not 0 * inf.
 struct Sigmoid {
   static constexpr const char* name = "sigmoid";
   template <class T>
@@ -37,7 +38,10 @@ struct Sigmoid {
     const T beta = T(params.beta), smoothing = T(params.label_smoothing);
     const T h = beta * (chosen - rejected);
     const T slope = beta * (smoothing - sigmoid(-h));
-    return {softplus(-h) + smoothing * h, slope, -slope};
+    const T distance = h > T(0) ? h : -h;
+    const T share = h > T(0) ? smoothing : T(1) - smoothing;
+    const T linear = share > T(0) ? share * distance : T(0);
+    return {log1p(exp(-distance)) + linear, slope, -slope};
   }
 };
 

@@ -1,7 +1,7 @@
 // Scalar functions of the losses, stable for every finite argument, for CPU, CUDA and tests.
 #pragma once
 
-#include <cmath>
+#include <math.h>  // not <cmath>: unqualified calls need the float overloads too
 
 #include "common/macros.h"
 

@@ -48,8 +48,10 @@ static constexpr float kLog2E = 0x1.715476p+0f;
 // exponent is 0: exactly 0.
 static constexpr float kRounder = 12582912.0f + 127.0f;
 static constexpr float kLowestExponent = -127.0f;
-// Beyond this, z * log2(e) could overflow: such rows go to the scalar code.
-static constexpr float kLargestPeak = 1e30f;
+// The reference is rounded to a float, so that the peak lies up to half its ulp away from 2^0: 8
+// powers of two at 1e8, still far from both ends of the exponent. Rows beyond go to the scalar
+// code.
+static constexpr float kLargestPeak = 1e8f;
 // How far, in powers of two, entries may rise above the reference of their block's sum.
 static constexpr float kHeadroom = 32.0f;
 static constexpr int64_t kBlock = 2048;            // elements

@@ -33,8 +33,9 @@ void write_row_stats(const SeqLogpParams& params, int64_t row, double others_max
   const double others = total == 0 ? 0.0 : total * std::exp(peak - row_max);
   double logp = -softplus(gap);
   double row_sum = others + std::exp(target_logit - row_max);
-  if (total == 0 &&
-      target_logit == kNothing) {  // nothing in the row is possible: no log-prob exists
+  // Nothing in the row is possible, or its target is NaN or +inf: no distribution, as in torch.
+  // (NaN or +inf elsewhere made the total NaN.)
+  if ((total == 0 && target_logit == kNothing) || !(target_logit < -kNothing)) {
     logp = row_sum = std::numeric_limits<double>::quiet_NaN();
   }
   write_stat(params.token_logps, params.dtype, row, logp);
@@ -60,12 +61,15 @@ void scalar_forward_row(const SeqLogpParams& params, int64_t row, int64_t target
     if (v != target && !(value <= peak))
       peak = value;  // takes NaN, and keeps the last one or a larger value
   }
-  double total = 0;
+  double total = 0, lost = 0;  // compensated: a plain sum of V doubles loses up to V last places
   for (int64_t v = 0; v < vocab; ++v) {
     const double value = widen(z[v]);
     // With a peak of -inf every difference would be NaN; the sum of nothing is 0.
     if (v != target && value != -std::numeric_limits<double>::infinity()) {
-      total += std::exp(value - peak);
+      const double term = std::exp(value - peak) - lost;
+      const double sum = total + term;
+      lost = (sum - total) - term;
+      total = sum;
     }
   }
   write_row_stats(params, row, peak, peak, total, widen(z[target]));

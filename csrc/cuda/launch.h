@@ -1,5 +1,6 @@
-// CUDA launchers. No torch and no CUDA header: the wrapper in csrc/torch passes raw device pointers and
-// a stream, and gets an error code back (0 is success, others are cudaError_t values or kNotBuilt).
+// CUDA launchers. No torch and no CUDA header: the wrapper in csrc/torch passes raw device pointers
+// and a stream, and gets an error code back (0 is success, others are cudaError_t values or
+// kNotBuilt).
 #pragma once
 
 #include "common/params.h"

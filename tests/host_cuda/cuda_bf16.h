@@ -1,0 +1,11 @@
+// Host stand-in for <cuda_bf16.h>: the conversions, through common/dtype.h.
+#pragma once
+
+#include "common/dtype.h"
+
+using __nv_bfloat16 = pyfast_dpo::BFloat16;
+
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  return pyfast_dpo::narrow<pyfast_dpo::BFloat16>(x);
+}
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
