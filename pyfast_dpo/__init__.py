@@ -9,6 +9,13 @@ from pyfast_dpo.functional import (
     token_logps,
 )
 from pyfast_dpo.fused import fused_dpo_loss, fused_ipo_loss, fused_kto_loss
+from pyfast_dpo.linear import (
+    fused_linear_dpo_loss,
+    fused_linear_ipo_loss,
+    fused_linear_kto_loss,
+    linear_sequence_logps,
+    linear_token_logps,
+)
 
 __version__ = "0.1.0"
 
@@ -18,8 +25,13 @@ __all__ = [
     "fused_dpo_loss",
     "fused_ipo_loss",
     "fused_kto_loss",
+    "fused_linear_dpo_loss",
+    "fused_linear_ipo_loss",
+    "fused_linear_kto_loss",
     "kto_kl",
     "kto_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "preference_loss",
     "sequence_logps",
     "token_logps",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -19,25 +22,28 @@ def check_tensor(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}: {name} must be a torch.Tensor, got {describe(value)}")
 
 
-def check_logits_and_labels(function: str, logits: Tensor, labels: Tensor) -> None:
-    check_tensor(function, "logits", logits)
+def check_logits_and_labels(
+    function: str, logits: Tensor, labels: Tensor, name: str = "logits"
+) -> None:
+    """`name` is what the function calls its logits."""
+    check_tensor(function, name, logits)
     check_tensor(function, "labels", labels)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(
-            f"{function}: logits must be float64, float32, bfloat16 or float16, got {describe(logits)}"
+            f"{function}: {name} must be float64, float32, bfloat16 or float16, got {describe(logits)}"
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"{function}: labels must be int64, got {describe(labels)}")
     if logits.dim() < 2 or logits.shape[-1] == 0:
         raise ValueError(
-            f"{function}: logits must have shape [..., T, V] with V >= 1, got {describe(logits)}"
+            f"{function}: {name} must have shape [..., T, V] with V >= 1, got {describe(logits)}"
         )
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"{function}: labels must have the shape of logits without the vocabulary, "
+            f"{function}: labels must have the shape of {name} without the vocabulary, "
             f"{list(logits.shape[:-1])}, got {describe(labels)}"
         )
-    check_same_device(function, "logits", logits, "labels", labels)
+    check_same_device(function, name, logits, "labels", labels)
 
 
 def check_same_device(
@@ -85,19 +91,62 @@ def check_constants(function: str, **tensors: Tensor | None) -> None:
             )
 
 
+def check_number(function: str, name: str, value: object) -> None:
+    """A tensor is refused too: its gradient would be lost."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{function}: {name} must be a number, got {describe(value)}")
+
+
 def check_beta(function: str, beta: float) -> None:
+    check_number(function, "beta", beta)
     if not (0 < beta < float("inf")):
         raise ValueError(f"{function}: beta must be positive and finite, got {beta}")
 
 
 def check_label_smoothing(function: str, label_smoothing: float) -> None:
+    check_number(function, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{function}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
 
 
 def check_weight(function: str, name: str, weight: float) -> None:
+    check_number(function, name, weight)
     if not (0 <= weight < float("inf")):
         raise ValueError(f"{function}: {name} must be finite and not negative, got {weight}")
+
+
+def check_unpaired_options(
+    function: str,
+    count: int,
+    like: Tensor,
+    is_desirable: Tensor,
+    kl: Tensor | float,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> None:
+    check_tensor(function, "is_desirable", is_desirable)
+    check_beta(function, beta)
+    check_weight(function, "desirable_weight", desirable_weight)
+    check_weight(function, "undesirable_weight", undesirable_weight)
+    if is_desirable.dtype != torch.bool:
+        raise TypeError(f"{function}: is_desirable must be bool, got {describe(is_desirable)}")
+    if is_desirable.shape != (count,):
+        raise ValueError(
+            f"{function}: is_desirable must have shape [{count}], got {describe(is_desirable)}"
+        )
+    if is_desirable.device != like.device:
+        raise ValueError(
+            f"{function}: is_desirable must be on {like.device}, got {describe(is_desirable)}"
+        )
+    if not isinstance(kl, Tensor):
+        check_number(function, "kl", kl)
+        if not math.isfinite(kl):
+            raise ValueError(f"{function}: kl must be finite, got {kl}")
+    elif kl.numel() != 1:
+        raise ValueError(f"{function}: kl must be one number, got {describe(kl)}")
+    else:
+        check_constants(function, kl=kl)
 
 
 def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ The schemas are in `csrc/torch/schema.cpp`; this is the only file that says `tor
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
 
 import torch  # loads libtorch, which _C links against
@@ -19,13 +20,18 @@ if not _C.cpu_capability():
     raise ImportError(
         "pyfast_dpo: PYFAST_DPO_CPU_CAPABILITY must be one of "
         f"{_C.build_facts()['cpu_kernels']} and available; this CPU offers up to "
-        f"{_C.best_cpu_capability()!r}"
+        f"{_C.best_cpu_capability()!r}, got {os.environ.get('PYFAST_DPO_CPU_CAPABILITY')!r}"
     )
 
 _namespace = torch.ops.pyfast_dpo
 seq_logp = _namespace.seq_logp
+seq_logp_backward = _namespace.seq_logp_backward
+seq_logp_backward_ = _namespace.seq_logp_backward_
 pair_loss = _namespace.pair_loss
 unpaired_loss = _namespace.unpaired_loss
+head_logits = _namespace.head_logits
+head_grad_rows = _namespace.head_grad_rows
+head_add_grad_weight_ = _namespace.head_add_grad_weight_
 
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
 
@@ -73,12 +79,14 @@ def _seq_logp_backward(ctx: Any, grad_sequence: Tensor | None, grad_token: Tenso
         return (None,) * 6
     args = (grad_sequence, grad_token, *ctx.saved_tensors, ctx.ignore_index, ctx.shift)
     if ctx.inplace and not torch.is_grad_enabled():
-        # Writing through the saved tensor counts as a change of it, so that a second backward pass, or
+        # Writing through the saved tensor must count as a change of it, so that a second backward pass, or
         # another operator that saved the logits, raises instead of reading the gradient as logits.
-        _namespace.seq_logp_backward_(*args)
-        grad = args[2].detach()
+        seq_logp_backward_(*args)
+        logits = args[2]
+        torch.autograd.graph.increment_version(logits)
+        grad = logits.detach()
     else:
-        grad = _namespace.seq_logp_backward(*args)
+        grad = seq_logp_backward(*args)
     return grad, None, None, None, None, None
 
 

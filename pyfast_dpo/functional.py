@@ -23,9 +23,8 @@ from pyfast_dpo._checks import (
     check_labels_in_range,
     check_logits_and_labels,
     check_per_sequence,
-    check_same_device,
     check_tensor,
-    check_weight,
+    check_unpaired_options,
     describe,
 )
 
@@ -75,7 +74,8 @@ def token_logps(
         impl: "auto", "fused" or "torch".
 
     Returns:
-        `[..., T]` float32 (float64 for float64 logits); 0 where the label is ignored.
+        `[..., T]` float32 (float64 for float64 logits), never above 0; 0 where the label is ignored, -inf for
+        a label whose logit is -inf, NaN in a row with NaN or +inf or with nothing but -inf.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes, devices; a label out of range.
@@ -145,6 +145,7 @@ def preference_loss(
     """
     name = "preference_loss"
     check_tensor(name, "policy_chosen_logps", policy_chosen_logps)
+    check_tensor(name, "policy_rejected_logps", policy_rejected_logps)
     _check_pair_options(name, loss_type, beta, label_smoothing)
     if policy_chosen_logps.dim() != 1:
         raise ValueError(
@@ -211,10 +212,6 @@ def kto_loss(
     """
     name = "kto_loss"
     check_tensor(name, "policy_logps", policy_logps)
-    check_tensor(name, "is_desirable", is_desirable)
-    check_beta(name, beta)
-    check_weight(name, "desirable_weight", desirable_weight)
-    check_weight(name, "undesirable_weight", undesirable_weight)
     if policy_logps.dim() != 1:
         raise ValueError(f"{name}: policy_logps must have shape [N], got {describe(policy_logps)}")
     check_per_sequence(
@@ -224,20 +221,20 @@ def kto_loss(
         policy_logps=policy_logps,
         reference_logps=reference_logps,
     )
-    if is_desirable.dtype != torch.bool:
-        raise TypeError(f"{name}: is_desirable must be bool, got {describe(is_desirable)}")
-    if is_desirable.shape != policy_logps.shape:
-        raise ValueError(
-            f"{name}: is_desirable must have shape {list(policy_logps.shape)}, got {describe(is_desirable)}"
-        )
-    check_same_device(name, "policy_logps", policy_logps, "is_desirable", is_desirable)
-    kl = torch.as_tensor(kl, dtype=torch.float32 if not isinstance(kl, Tensor) else None)
-    if kl.numel() != 1:
-        raise ValueError(f"{name}: kl must be one number, got {describe(kl)}")
-    check_constants(name, reference_logps=reference_logps, kl=kl)
+    check_unpaired_options(
+        name,
+        policy_logps.shape[0],
+        policy_logps,
+        is_desirable,
+        kl,
+        beta,
+        desirable_weight,
+        undesirable_weight,
+    )
+    check_constants(name, reference_logps=reference_logps)
     policy, reference_values = _to_statistics_dtype(policy_logps, reference_logps)
     assert policy is not None
-    kl = kl.detach().to(policy).reshape(1)
+    kl = kl.detach().to(policy).reshape(1) if isinstance(kl, Tensor) else policy.new_full((1,), kl)
     weights = (float(beta), float(desirable_weight), float(undesirable_weight))
     if _use_kernels(name, impl, policy):
         return UnpairedLoss(
@@ -256,9 +253,11 @@ def kto_kl(policy_kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:
             belong to (Ethayarajh et al. 2024, section 4.1).
 
     Returns:
-        A scalar without gradient: the mean log-ratio, not below 0; 0 for M = 0.
+        A scalar without gradient, float32 (float64 when an input is float64): the mean log-ratio, not
+        below 0; 0 for M = 0.
     """
     check_tensor("kto_kl", "policy_kl_logps", policy_kl_logps)
+    check_tensor("kto_kl", "reference_kl_logps", reference_kl_logps)
     check_per_sequence(
         "kto_kl",
         policy_kl_logps.numel(),
@@ -266,7 +265,11 @@ def kto_kl(policy_kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:
         policy_kl_logps=policy_kl_logps,
         reference_kl_logps=reference_kl_logps,
     )
-    return mean_of_losses(policy_kl_logps.detach() - reference_kl_logps.detach()).clamp(min=0)
+    policy, reference_values = _to_statistics_dtype(
+        policy_kl_logps.detach(), reference_kl_logps.detach()
+    )
+    assert policy is not None and reference_values is not None
+    return mean_of_losses(policy - reference_values).clamp(min=0)
 
 
 def mean_of_losses(losses: Tensor) -> Tensor:
@@ -318,9 +321,10 @@ def _seq_logp(
     inplace_backward: bool,
     validate: bool | None,
     impl: Impl,
+    logits_name: str = "logits",
 ) -> tuple[Tensor, Tensor]:
     """Checks, then (sequence log-probs [B], token log-probs with the shape of labels)."""
-    check_logits_and_labels(function, logits, labels)
+    check_logits_and_labels(function, logits, labels, logits_name)
     if function == "sequence_logps" and logits.dim() != 3:
         raise ValueError(f"{function}: logits must have shape [B, T, V], got {describe(logits)}")
     use_kernels = _use_kernels(function, impl, logits)
@@ -334,7 +338,7 @@ def _seq_logp(
             raise ValueError(f"{function}: inplace_backward needs the kernels, not impl='torch'")
         return reference.seq_logp(logits, labels, ignore_index, shift, average)
     if inplace_backward and not compiling:
-        _check_inplace(function, logits)
+        _check_inplace(function, logits, logits_name)
     shape = labels.shape
     if logits.dim() == 2:
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
@@ -346,7 +350,7 @@ def _seq_logp(
     return sequences, tokens.reshape(shape)
 
 
-def _check_inplace(function: str, logits: Tensor) -> None:
+def _check_inplace(function: str, logits: Tensor, name: str) -> None:
     """Each element must own its memory, and the kernels must be able to write through its strides."""
     strides = [s for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1]
     sizes = [n for n in logits.shape if n > 1]
@@ -354,7 +358,7 @@ def _check_inplace(function: str, logits: Tensor) -> None:
     overlapping = any(outer[0] < inner[0] * inner[1] for inner, outer in itertools.pairwise(spans))
     if 0 in strides or overlapping or logits.stride(-1) != 1 or logits.dim() > 3:
         raise ValueError(
-            f"{function}: inplace_backward needs logits [B, T, V] or [T, V] whose elements do not share "
+            f"{function}: inplace_backward needs {name} [B, T, V] or [T, V] whose elements do not share "
             f"memory and whose last dimension is contiguous, got {describe(logits)} with strides "
             f"{list(logits.stride())}"
         )

@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfast_dpo._checks import check_constants, check_per_sequence, check_tensor, describe
+from pyfast_dpo._checks import (
+    check_constants,
+    check_per_sequence,
+    check_tensor,
+    check_unpaired_options,
+    describe,
+)
 from pyfast_dpo.functional import (
     Impl,
+    _check_pair_options,
+    _seq_logp,
     kto_loss,
     mean_of_losses,
     preference_loss,
-    sequence_logps,
 )
 
 
@@ -74,26 +81,88 @@ def fused_dpo_loss(
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes, devices, options; an odd number of rows.
     """
-    name = "fused_dpo_loss"
+    return _fused_pair_loss(
+        "fused_dpo_loss",
+        policy_logits,
+        labels,
+        reference_logps=reference_logps,
+        reference_logits=reference_logits,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        average=loss_type == "ipo" if average is None else average,
+        shift=shift,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        validate=validate,
+        impl=impl,
+    )
+
+
+def fused_ipo_loss(
+    policy_logits: Tensor,
+    labels: Tensor,
+    *,
+    reference_logps: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    beta: float = 0.1,
+    average: bool = True,
+    shift: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    validate: bool | None = None,
+    impl: Impl = "auto",
+) -> FusedPreferenceLoss:
+    """`fused_dpo_loss` with `loss_type="ipo"` (Azar et al. 2023, eq. 17), on length-averaged log-probs."""
+    return _fused_pair_loss(
+        "fused_ipo_loss",
+        policy_logits,
+        labels,
+        reference_logps=reference_logps,
+        reference_logits=reference_logits,
+        beta=beta,
+        loss_type="ipo",
+        label_smoothing=0.0,
+        average=average,
+        shift=shift,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        validate=validate,
+        impl=impl,
+    )
+
+
+def _fused_pair_loss(
+    name: str,
+    policy_logits: Tensor,
+    labels: Tensor,
+    *,
+    reference_logps: Tensor | None,
+    reference_logits: Tensor | None,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    inplace_backward: bool,
+    impl: Impl,
+    **options: Any,
+) -> FusedPreferenceLoss:
+    """All checks come before the work on the logits, and name the public function."""
     check_tensor(name, "policy_logits", policy_logits)
+    _check_pair_options(name, loss_type, beta, label_smoothing)
     if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:
         raise ValueError(
             f"{name}: policy_logits must have shape [2P, T, V], chosen rows first, then as many rejected "
             f"rows, got {describe(policy_logits)}"
         )
-    if average is None:
-        average = loss_type == "ipo"
-    options: dict[str, Any] = {
-        "average": average,
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "impl": impl,
-    }
-    reference = _reference_logps(
-        name, policy_logits, labels, reference_logps, reference_logits, validate, options
-    )
-    policy = sequence_logps(
-        policy_logits, labels, inplace_backward=inplace_backward, validate=validate, **options
+    policy, reference = _policy_and_reference_logps(
+        name,
+        policy_logits,
+        labels,
+        reference_logps,
+        reference_logits,
+        inplace_backward,
+        impl=impl,
+        **options,
     )
     pairs = policy.shape[0] // 2
     chosen, rejected = policy[:pairs], policy[pairs:]
@@ -114,37 +183,6 @@ def fused_dpo_loss(
         result.chosen_rewards,
         result.rejected_rewards,
         result.losses.detach(),
-    )
-
-
-def fused_ipo_loss(
-    policy_logits: Tensor,
-    labels: Tensor,
-    *,
-    reference_logps: Tensor | None = None,
-    reference_logits: Tensor | None = None,
-    beta: float = 0.1,
-    average: bool = True,
-    shift: bool = False,
-    ignore_index: int = -100,
-    inplace_backward: bool = False,
-    validate: bool | None = None,
-    impl: Impl = "auto",
-) -> FusedPreferenceLoss:
-    """`fused_dpo_loss` with `loss_type="ipo"` (Azar et al. 2023, eq. 17), on length-averaged log-probs."""
-    return fused_dpo_loss(
-        policy_logits,
-        labels,
-        reference_logps=reference_logps,
-        reference_logits=reference_logits,
-        beta=beta,
-        loss_type="ipo",
-        average=average,
-        shift=shift,
-        ignore_index=ignore_index,
-        inplace_backward=inplace_backward,
-        validate=validate,
-        impl=impl,
     )
 
 
@@ -182,17 +220,28 @@ def fused_kto_loss(
         raise ValueError(
             f"{name}: policy_logits must have shape [N, T, V], got {describe(policy_logits)}"
         )
-    options: dict[str, Any] = {
-        "average": False,
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "impl": impl,
-    }
-    reference = _reference_logps(
-        name, policy_logits, labels, reference_logps, reference_logits, validate, options
+    check_unpaired_options(
+        name,
+        policy_logits.shape[0],
+        policy_logits,
+        is_desirable,
+        kl,
+        beta,
+        desirable_weight,
+        undesirable_weight,
     )
-    policy = sequence_logps(
-        policy_logits, labels, inplace_backward=inplace_backward, validate=validate, **options
+    policy, reference = _policy_and_reference_logps(
+        name,
+        policy_logits,
+        labels,
+        reference_logps,
+        reference_logits,
+        inplace_backward,
+        average=False,
+        shift=shift,
+        ignore_index=ignore_index,
+        validate=validate,
+        impl=impl,
     )
     result = kto_loss(
         policy,
@@ -209,27 +258,46 @@ def fused_kto_loss(
     )
 
 
-def _reference_logps(
+def _policy_and_reference_logps(
     function: str,
     policy_logits: Tensor,
     labels: Tensor,
-    logps: Tensor | None,
-    logits: Tensor | None,
-    validate: bool | None,
-    options: dict[str, Any],
-) -> Tensor | None:
-    """The reference's log-probs `[rows]` from whichever of the two forms was given."""
-    if logps is not None and logits is not None:
+    reference_logps: Tensor | None,
+    reference_logits: Tensor | None,
+    inplace_backward: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs `[rows]` of the policy, and of the reference from whichever of the two forms was given."""
+    if reference_logps is not None and reference_logits is not None:
         raise ValueError(f"{function}: pass reference_logps or reference_logits, not both")
-    if logits is not None:
-        check_tensor(function, "reference_logits", logits)
-        if logits.shape != policy_logits.shape:
+    check_per_sequence(
+        function, policy_logits.shape[0], policy_logits, reference_logps=reference_logps
+    )
+    if reference_logits is not None:
+        check_tensor(function, "reference_logits", reference_logits)
+    check_constants(function, reference_logps=reference_logps, reference_logits=reference_logits)
+    reference = reference_logps
+    if reference_logits is not None:
+        if reference_logits.shape != policy_logits.shape:
             raise ValueError(
                 f"{function}: reference_logits must have the shape of policy_logits, "
-                f"{list(policy_logits.shape)}, got {describe(logits)}"
+                f"{list(policy_logits.shape)}, got {describe(reference_logits)}"
             )
         with torch.no_grad():
-            return sequence_logps(logits, labels, validate=validate, **options)
-    check_per_sequence(function, policy_logits.shape[0], policy_logits, reference_logps=logps)
-    check_constants(function, reference_logps=logps)
-    return logps
+            reference, _ = _seq_logp(
+                function,
+                reference_logits,
+                labels,
+                inplace_backward=False,
+                logits_name="reference_logits",
+                **options,
+            )
+    policy, _ = _seq_logp(
+        function,
+        policy_logits,
+        labels,
+        inplace_backward=inplace_backward,
+        logits_name="policy_logits",
+        **options,
+    )
+    return policy, reference

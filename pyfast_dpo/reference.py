@@ -32,12 +32,19 @@ def seq_logp(
     z = logits.to(statistics_dtype(logits.dtype))
     # Ignored rows are replaced before any arithmetic, so that a NaN in them reaches neither value nor gradient.
     z = z.masked_fill(~scored.unsqueeze(-1), 0.0)
+    # A row with NaN or +inf, or with nothing but -inf, has no distribution: NaN, value and gradient.
+    defined = z.detach().amax(-1, keepdim=True).isfinite()
+    z = z + torch.where(defined, 0.0, float("nan")).to(z.dtype)
     target = labels.masked_fill(~scored, 0).unsqueeze(-1)
     others = z.scatter(-1, target, float("-inf"))
-    # The maximum is only a reference point: it carries no gradient, and a wholly masked row has none.
-    peak = others.detach().amax(-1).nan_to_num(neginf=0.0)
+    # The maximum is only a reference point: it carries no gradient. Where all the others are impossible,
+    # log(0) has the value -inf and, masked, no gradient instead of 0 * inf.
+    peak = others.detach().amax(-1)
+    alone = peak == float("-inf")
+    peak = peak.masked_fill(alone, 0.0)
     total = (others - peak.unsqueeze(-1)).exp().sum(-1)
-    gap = total.log() + (peak - z.gather(-1, target).squeeze(-1))
+    log_total = total.masked_fill(alone, 1.0).log().masked_fill(alone, float("-inf"))
+    gap = log_total + (peak - z.gather(-1, target).squeeze(-1))
     tokens = -torch.logaddexp(torch.zeros_like(gap), gap)
     tokens = torch.where(scored, tokens, torch.zeros_like(tokens))
     sums = tokens.sum(-1, dtype=torch.float64)
@@ -56,6 +63,8 @@ def sigmoid_loss(
 ) -> Tensor:
     """DPO (Rafailov et al. 2023, eq. 7), with label smoothing cDPO (Mitchell 2023)."""
     h = beta * (chosen_logratios - rejected_logratios)
+    if label_smoothing == 0:  # 0 * inf would be NaN where a response is impossible
+        return -F.logsigmoid(h)
     return -F.logsigmoid(h) * (1 - label_smoothing) - F.logsigmoid(-h) * label_smoothing
 
 
@@ -81,8 +90,9 @@ def kto_loss(
     undesirable_weight: float,
 ) -> Tensor:
     """KTO (Ethayarajh et al. 2024, eq. 8) with a constant KL estimate."""
-    desirable = desirable_weight * (1 - torch.sigmoid(beta * (logratios - kl)))
-    undesirable = undesirable_weight * (1 - torch.sigmoid(beta * (kl - logratios)))
+    # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits.
+    desirable = desirable_weight * torch.sigmoid(beta * (kl - logratios))
+    undesirable = undesirable_weight * torch.sigmoid(beta * (logratios - kl))
     return torch.where(is_desirable, desirable, undesirable)
 
 

@@ -95,7 +95,9 @@ def test_wide_instructions_stand_in_their_own_objects_only(path):
 
 
 @needs_objects
-@pytest.mark.parametrize("name", ["kernels_avx2", "kernels_avx512"])
+@pytest.mark.parametrize(
+    "name", ["kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp"]
+)
 def test_wide_objects_share_no_function_that_the_linker_could_pick_for_everyone(name):
     (path,) = [p for p in OBJECTS if name in p.name]
     weak = [

@@ -77,6 +77,20 @@ struct SeqLogpBackwardParams {
   int64_t grad_row_stride;
 };
 
+// The lm_head on the CPU: R rows of hidden states, all matrices contiguous, float32 sums.
+struct HeadParams {
+  DType dtype;  // of rows and weight: kFloat32, kBFloat16 or kFloat16
+  int64_t rows;
+  int64_t hidden;
+  int64_t vocab;
+  const void* weight;           // [V, H]
+  const float* packed_rows;     // the rows in left panels, for the logits
+  const float* packed_columns;  // the rows in right panels, for the gradient of the weight
+  float* logits;                // [R, V], or their gradient
+  float* grad_rows;             // [R, H]
+  float* grad_weight;           // [V, H], added to
+};
+
 // Losses on one number a sequence. P pairs; N unpaired sequences. float or double throughout.
 struct LossParams {
   double beta = 0.1;

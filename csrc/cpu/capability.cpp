@@ -29,10 +29,13 @@ int detect_level() {
   if (!(ecx & bit_FMA) || !(ecx & bit_F16C)) return 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2)) return 0;
   const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-  return (state & kZmmState) == kZmmState && (ebx & avx512) == avx512 ? 2 : 1;
+  if ((state & kZmmState) != kZmmState || (ebx & avx512) != avx512) return 1;
+  constexpr unsigned kAvx512Bf16 = 1u << 5;  // of eax in leaf 7, sub-leaf 1
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvx512Bf16) ? 3 : 2;
 }
 
-const Kernels* const kTables[] = {&kGenericKernels, &kAvx2Kernels, &kAvx512Kernels};
+const Kernels* const kTables[] = {&kGenericKernels, &kAvx2Kernels, &kAvx512Kernels,
+                                  &kAvx512Bf16Kernels};
 #else
 int detect_level() { return 0; }
 

@@ -14,16 +14,34 @@ using ForwardRow = void (*)(const SeqLogpParams&, int64_t row, int64_t target);
 using BackwardRow = void (*)(const SeqLogpBackwardParams&, int64_t row, int64_t target,
                              double coefficient);
 
+// The three matrix products of the lm_head (gemm-inl.h), a task at a time, and the sizes that the
+// caller needs to cut tasks and to allocate their workspace.
+struct Gemm {
+  int64_t rows;     // of a left panel that are used
+  int64_t left;     // stride of a left panel
+  int64_t columns;  // of a right panel
+  int64_t depth;    // vocabulary entries that gradient_of_rows takes at a time
+  int64_t panels;   // left panels in a task of gradient_of_weight
+  // By DType; none for float64.
+  void (*pack_left[4])(const void* in, int64_t rows, int64_t depth, float* panels);
+  void (*pack_right[4])(const void* in, int64_t rows, int64_t columns, float* panels);
+  void (*logits_tile[4])(const HeadParams&, int64_t tile, float* workspace);
+  void (*gradient_of_rows[4])(const HeadParams&, int64_t first, int64_t last, float* workspace);
+  void (*gradient_of_weight[4])(const HeadParams&, int64_t block, float* workspace);
+};
+
 struct Kernels {
-  const char* name;         // "generic", "avx2", "avx512"
+  const char* name;         // "generic", "avx2", "avx512", "avx512_bf16"
   ForwardRow forward[4];    // by DType
   BackwardRow backward[4];  // by DType
+  Gemm gemm;
 };
 
 extern const Kernels kGenericKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 // Rows of float64 logits, and rows whose values are so large that float32 arithmetic on them is not
@@ -33,7 +51,7 @@ void scalar_forward_row(const SeqLogpParams& params, int64_t row, int64_t target
 void scalar_backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
                          double coefficient);
 
-// What this CPU and operating system offer: "generic", "avx2" or "avx512".
+// What this CPU and operating system offer: one of those names.
 const char* best_capability();
 
 // The table in use: the best one, or what PYFAST_DPO_CPU_CAPABILITY names when that is available.

@@ -14,6 +14,8 @@ namespace avx2 {
 #include "cpu/simd_avx2.h"
 //
 #include "cpu/kernels-inl.h"
+//
+#include "cpu/gemm-inl.h"
 }  // namespace avx2
 }  // namespace
 
@@ -23,6 +25,7 @@ const Kernels kAvx2Kernels = {
      avx2::forward_row<Float16>},
     {scalar_backward_row, avx2::backward_row<float>, avx2::backward_row<BFloat16>,
      avx2::backward_row<Float16>},
+    avx2::gemm<avx2::Singles>(),
 };
 
 }  // namespace pyfast_dpo::cpu

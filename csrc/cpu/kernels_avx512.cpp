@@ -14,6 +14,8 @@ namespace avx512 {
 #include "cpu/simd_avx512.h"
 //
 #include "cpu/kernels-inl.h"
+//
+#include "cpu/gemm-inl.h"
 }  // namespace avx512
 }  // namespace
 
@@ -23,6 +25,7 @@ const Kernels kAvx512Kernels = {
      avx512::forward_row<Float16>},
     {scalar_backward_row, avx512::backward_row<float>, avx512::backward_row<BFloat16>,
      avx512::backward_row<Float16>},
+    avx512::gemm<avx512::Singles>(),
 };
 
 }  // namespace pyfast_dpo::cpu

@@ -9,6 +9,8 @@ namespace generic {
 #include "cpu/simd_generic.h"
 //
 #include "cpu/kernels-inl.h"
+//
+#include "cpu/gemm-inl.h"
 }  // namespace generic
 }  // namespace
 
@@ -18,6 +20,7 @@ const Kernels kGenericKernels = {
      generic::forward_row<Float16>},
     {scalar_backward_row, generic::backward_row<float>, generic::backward_row<BFloat16>,
      generic::backward_row<Float16>},
+    generic::gemm<generic::Singles>(),
 };
 
 }  // namespace pyfast_dpo::cpu

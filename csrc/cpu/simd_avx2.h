@@ -69,3 +69,39 @@ template <int kBytes>
 static inline void prefetch_bytes(const void* p) {
   for (int i = 0; i < kBytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
 }
+
+// For the matrix products (gemm-inl.h): 6 x 16 sums take 12 of the 16 registers.
+static constexpr int64_t kRows = 6;
+
+// One vector in memory order.
+static inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+static inline Vec load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+static inline Vec load(const Float16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+static inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+
+// out[j][i] = in[i][j] for 8 x 8: pairs, then quads, then halves change places.
+template <class T>
+static inline void transpose(const T* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = load(in + i * in_stride).v;
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d low = _mm256_castps_pd(b[i + j]), high = _mm256_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(out + c * out_stride, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(out + (4 + c) * out_stride, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+}

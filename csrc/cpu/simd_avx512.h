@@ -62,3 +62,51 @@ template <int kBytes>
 static inline void prefetch_bytes(const void* p) {
   for (int i = 0; i < kBytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
 }
+
+// For the matrix products (gemm-inl.h): 14 x 32 sums take 28 of the 32 registers.
+static constexpr int64_t kRows = 14;
+
+// One vector in memory order.
+static inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline Vec load(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+static inline Vec load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+static inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+
+// out[j][i] = a[i][j] for 16 x 16: pairs, then quads, then blocks of four change places.
+static inline void store_transposed(__m512 (&a)[16], float* out, int64_t out_stride) {
+  __m512 b[16];
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // a[4 g + c] now holds columns c, 4 + c, 8 + c, 12 + c of rows 4 g .. 4 g + 3, a quarter each.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low_even = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);
+    const __m512 low_odd = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 high_even = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 high_odd = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(out + c * out_stride, _mm512_shuffle_f32x4(low_even, high_even, 0x88));
+    _mm512_storeu_ps(out + (4 + c) * out_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_ps(out + (8 + c) * out_stride, _mm512_shuffle_f32x4(low_even, high_even, 0xdd));
+    _mm512_storeu_ps(out + (12 + c) * out_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
+  }
+}
+
+template <class T>
+static inline void transpose(const T* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m512 a[16];
+  for (int i = 0; i < 16; ++i) a[i] = load(in + i * in_stride).v;
+  store_transposed(a, out, out_stride);
+}

@@ -53,3 +53,24 @@ static inline void store_pair(T* p, Vec a, Vec b) {
 
 template <int kBytes>
 static inline void prefetch_bytes(const void*) {}
+
+// For the matrix products (gemm-inl.h).
+static constexpr int64_t kRows = 4;
+
+template <class T>
+static inline Vec load(const T* p) {
+  Vec a;
+  for (int i = 0; i < Vec::kWidth; ++i) a.v[i] = widen(p[i]);
+  return a;
+}
+static inline void store(float* p, Vec a) {
+  for (int i = 0; i < Vec::kWidth; ++i) p[i] = a.v[i];
+}
+
+// out[j][i] = in[i][j] for kWidth x kWidth.
+template <class T>
+static inline void transpose(const T* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int i = 0; i < Vec::kWidth; ++i) {
+    for (int j = 0; j < Vec::kWidth; ++j) out[j * out_stride + i] = widen(in[i * in_stride + j]);
+  }
+}

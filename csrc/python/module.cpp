@@ -50,6 +50,7 @@ py::dict build_facts() {
 #if defined(__x86_64__)
       cpu::kAvx2Kernels.name,
       cpu::kAvx512Kernels.name,
+      cpu::kAvx512Bf16Kernels.name,
 #endif
   };
   facts["cuda"] = cuda::is_built();

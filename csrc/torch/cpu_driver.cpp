@@ -15,16 +15,6 @@ namespace {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 1 << 15;
 
-const cpu::Kernels& kernels() {
-  const cpu::Kernels* table = cpu::kernels();
-  STD_TORCH_CHECK(
-      table != nullptr,
-      "PYFAST_DPO_CPU_CAPABILITY must be generic, avx2 or avx512 and available; this CPU "
-      "offers up to ",
-      cpu::best_capability());
-  return *table;
-}
-
 // work(row) for every row. Rows are handed out one by one: ignored rows cost nothing, so equal
 // shares of the rows would not be equal shares of the work. Who computes a row does not change its
 // result.
@@ -93,8 +83,18 @@ void fill_gradient_row(const SeqLogpBackwardParams& p, int64_t row, bool with_na
 
 }  // namespace
 
+const cpu::Kernels& cpu_kernels() {
+  const cpu::Kernels* table = cpu::kernels();
+  STD_TORCH_CHECK(
+      table != nullptr,
+      "PYFAST_DPO_CPU_CAPABILITY must be generic, avx2 or avx512 and available; this CPU "
+      "offers up to ",
+      cpu::best_capability());
+  return *table;
+}
+
 void seq_logp_forward_cpu(const SeqLogpParams& params) {
-  const cpu::ForwardRow forward = kernels().forward[static_cast<int>(params.dtype)];
+  const cpu::ForwardRow forward = cpu_kernels().forward[static_cast<int>(params.dtype)];
   dispatch_dtype(params.dtype, [&](auto tag) {
     using Stat = typename StatOf<typename decltype(tag)::type>::type;
     for_each_row(params.rows, [&](int64_t row) {
@@ -111,7 +111,7 @@ void seq_logp_forward_cpu(const SeqLogpParams& params) {
 }
 
 void seq_logp_backward_cpu(const SeqLogpBackwardParams& params) {
-  const cpu::BackwardRow backward = kernels().backward[static_cast<int>(params.dtype)];
+  const cpu::BackwardRow backward = cpu_kernels().backward[static_cast<int>(params.dtype)];
   dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for_each_row(params.rows, [&](int64_t row) {

@@ -2,10 +2,14 @@
 #pragma once
 
 #include "common/params.h"
+#include "cpu/kernels.h"
 
 namespace pyfast_dpo {
 
-// Both throw std::runtime_error when PYFAST_DPO_CPU_CAPABILITY names no available capability.
+// The table in use. This and what follows throw std::runtime_error when PYFAST_DPO_CPU_CAPABILITY
+// names no available capability.
+const cpu::Kernels& cpu_kernels();
+
 void seq_logp_forward_cpu(const SeqLogpParams& params);
 void seq_logp_backward_cpu(const SeqLogpBackwardParams& params);
 

@@ -27,6 +27,14 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "ignore_index, "
       "bool shift) -> ()");
 
+  // The lm_head on the CPU, float32 sums whatever the inputs. R rows, H hidden.
+  // rows [R, H], weight [V, H] -> [R, V] float32
+  m.def("head_logits(Tensor rows, Tensor weight) -> Tensor");
+  // gradient [R, V] float32, weight [V, H] -> [R, H] float32
+  m.def("head_grad_rows(Tensor gradient, Tensor weight) -> Tensor");
+  // total [V, H] float32 += gradient^T rows
+  m.def("head_add_grad_weight_(Tensor(a!) total, Tensor gradient, Tensor rows) -> ()");
+
   // log-probs [P] stat -> losses, chosen_rewards, rejected_rewards [P]
   m.def(
       "pair_loss(Tensor policy_chosen, Tensor policy_rejected, Tensor? reference_chosen, "

@@ -1,0 +1,121 @@
+"""bench/bench_ops.py runs as its documentation says, and its JSON has every row."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+TRL = "TRL selective_log_softmax"
+PEERS = {
+    "float32": {"log_softmax + gather", "cross_entropy", TRL},
+    "bfloat16": {
+        "log_softmax + gather",
+        "float() log_softmax + gather",
+        "cross_entropy",
+        "float() cross_entropy",
+        TRL,
+    },
+}
+OURS = "ours: forward + in-place backward"
+
+
+def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "bench_ops.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench")
+    # 4 rows: two a sequence for TRL's layout; 512: whole vectors, bfloat16 pairs seen as float32
+    done = run_bench("--quick", "--rounds", 2, "--shapes", "4x512", "--out", out)
+    assert done.returncode == 0, done.stderr
+    for case in ("[4, 512] float32", "[4, 512] bfloat16"):
+        assert f"{case}, " in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "bench_ops.json").read_text())
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [value] if isinstance(value, float) else []
+
+
+def test_every_contender_has_its_row(result: dict[str, Any]) -> None:
+    assert [case["dtype"] for case in result["cases"]] == ["float32", "bfloat16"]
+    for case in result["cases"]:
+        expected = {OURS} | PEERS[case["dtype"]] - set(result["skipped"])
+        for part in ("peers", "memory", "errors"):
+            assert {entry["contender"] for entry in case[part]} == expected, part
+        assert len(case["bandwidth"]) == 4
+
+
+def test_a_skipped_peer_has_its_reason(result: dict[str, Any]) -> None:
+    assert set(result["skipped"]) <= {TRL}
+    assert all(result["skipped"].values())
+
+
+def test_numbers_are_finite_and_targets_judged(result: dict[str, Any]) -> None:
+    assert all(math.isfinite(number) for number in numbers(result["cases"]))
+    for case in result["cases"]:
+        judged = case["bandwidth"] + case["peers"]
+        for entry in (entry for entry in judged if "ratio" in entry):
+            ratio, target = entry["ratio"], entry["target"]
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+            assert entry.get("ceiling", 1) > 0
+            assert entry["reached"] is (None if target is None else ratio["median"] >= target)
+        seconds = {entry["contender"]: entry["seconds"] for entry in judged}
+        assert all(0 < s["low"] <= s["median"] <= s["high"] for s in seconds.values())
+
+
+def test_memory_and_error_tell_ours_from_the_peers(result: dict[str, Any]) -> None:
+    for case in result["cases"]:
+        allocated = {entry["contender"]: entry["allocated"] for entry in case["memory"]}
+        errors = {entry["contender"]: entry["max_error"] for entry in case["errors"]}
+        # Everyone else allocates at least the gradient; ours the statistics of 4 rows.
+        assert 0 < allocated.pop(OURS) <= 4 * 32
+        assert min(allocated.values()) >= case["logits_bytes"]
+        assert errors[OURS] < 1e-5
+    assert errors["log_softmax + gather"] > 1e-3  # the last case is bfloat16, which torch rounds
+
+
+def test_environment_names_what_figures_depend_on(result: dict[str, Any]) -> None:
+    facts = result["environment"]
+    assert {"date", "torch", "cpu", "threads", "cpu_kernels_used", "trl"} <= set(facts)
+    assert facts["threads"] == 2
+    assert str(Path.home()) not in json.dumps(result)
+
+
+def test_plot_is_written(out: Path) -> None:
+    pytest.importorskip("matplotlib")
+    header = (out / "bench_ops.png").read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", header[16:24])
+    assert min(width, height) > 300
+
+
+@pytest.mark.parametrize("shape", ["3x512", "0x512", "4x0", "512", "4x-1"])
+def test_refuses_a_shape_it_cannot_measure(shape: str) -> None:
+    sys.path.insert(0, str(BENCH))
+    try:
+        import bench_ops
+    finally:
+        sys.path.remove(str(BENCH))
+    with pytest.raises(argparse.ArgumentTypeError, match="even number of rows, got"):
+        bench_ops.parse_shape(shape)
