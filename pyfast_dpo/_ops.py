@@ -148,6 +148,24 @@ torch.library.register_autograd(
 )
 
 
+# --- the lm_head on the CPU: building blocks of pyfast_dpo.linear, which has their gradients --------
+
+
+@torch.library.register_fake("pyfast_dpo::head_logits")
+def _(rows, weight):
+    return rows.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("pyfast_dpo::head_grad_rows")
+def _(gradient, weight):
+    return gradient.new_empty((gradient.shape[0], weight.shape[1]))
+
+
+@torch.library.register_fake("pyfast_dpo::head_add_grad_weight_")
+def _(total, gradient, rows):
+    return None
+
+
 # --- double backward: refused by name, never a wrong number -----------------------------------------
 
 

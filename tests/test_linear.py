@@ -111,6 +111,18 @@ def test_rows_do_not_depend_on_their_neighbours_or_on_threads():
     assert all(torch.equal(total, totals[0]) for total in totals)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
+def test_products_are_proper_operators(dtype):
+    x, w, d = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype), torch.randn(3, 5)
+    namespace = torch.ops.pyfast_dpo
+    for operator, arguments in (
+        (namespace.head_logits, (x, w)),
+        (namespace.head_grad_rows, (d, w)),
+        (namespace.head_add_grad_weight_, (torch.zeros(5, 4), d, x)),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
 # --- log-probs --------------------------------------------------------------------------------------
 
 OPTIONS = [
