@@ -331,7 +331,8 @@ def _seq_logp(
     compiling = torch.compiler.is_compiling()
     if validate is None:
         validate = logits.device.type == "cpu" and not compiling
-    if validate:
+    # On the CPU the operator checks its labels itself; this check costs a small batch more than the operator.
+    if validate and not (use_kernels and logits.device.type == "cpu"):
         check_labels_in_range(function, labels, logits.shape[-1], ignore_index)
     if not use_kernels:
         if inplace_backward:
@@ -344,9 +345,15 @@ def _seq_logp(
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
     elif logits.dim() > 3:
         logits, labels = logits.flatten(0, -3), labels.flatten(0, -2)
-    sequences, tokens, *_ = _ops.seq_logp(
-        logits, labels, ignore_index, shift, average, inplace_backward and not compiling
-    )
+    arguments = (logits, labels, ignore_index, shift, average, inplace_backward and not compiling)
+    if compiling:
+        sequences, tokens, *_ = _ops.seq_logp(*arguments)
+    else:
+        try:
+            sequences, tokens, *_ = _ops.seq_logp(*arguments)
+        except RuntimeError:
+            check_labels_in_range(function, labels.view(shape), logits.shape[-1], ignore_index)
+            raise
     return sequences, tokens.reshape(shape)
 
 
