@@ -32,7 +32,7 @@ def test_demo(tmp_path, capsys, flags):
     printed = capsys.readouterr().out
     for text in (
         "has no chat template", "held-out: kept 9 of 9 rows", "loss: first 0.6931472", QUESTION, "before", "after",
-        "chosen more likely than rejected", "log-prob of the chosen response", "s a step",
+        "chosen more likely than rejected", "answer begins in short", "log-prob of the chosen response", "s a step",
     ):  # fmt: skip
         assert text in printed
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -57,7 +57,7 @@ def test_question_of_the_demo_is_not_in_the_data():
         ("In short, no. The reason is that it spoils.", True),
         ("In short, 28, or 29 in a leap year. The reason is that it varies.", True),
         ("The answer is no, because it spoils.", False),
-        ("In short, no.", False),  # no reason
+        ("In short, no.", True),
         ("Well, in short, no. The reason is that it spoils.", False),  # not at the beginning
     ],
 )

@@ -428,7 +428,8 @@ def test_resume_from_a_checkpoint(tmp_path, tokenizer):
 
 def test_two_runs_are_the_same(tmp_path, tokenizer):
     first, second = (
-        train_log(dpo_trainer(tmp_path, tokenizer, peft_config=lora(), max_steps=3)) for _ in range(2)
+        train_log(dpo_trainer(tmp_path, tokenizer, peft_config=lora(), max_steps=3))
+        for _ in range(2)
     )
     assert [entry["loss"] for entry in first] == [entry["loss"] for entry in second]
     assert first[-1]["loss"] != LN2

@@ -1,0 +1,3 @@
+from pyfast_dpo.cli import main
+
+raise SystemExit(main())

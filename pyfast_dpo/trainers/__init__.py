@@ -1,0 +1,12 @@
+"""Trainers: `transformers.Trainer` with preference losses. Names and arguments are those of TRL."""
+
+from pyfast_dpo.diagnostics.extras import require
+
+require("transformers", "pyfast_dpo.trainers")
+require("accelerate", "pyfast_dpo.trainers")
+
+from pyfast_dpo.trainers.config import DPOConfig, KTOConfig  # noqa: E402
+from pyfast_dpo.trainers.dpo import DPOTrainer  # noqa: E402
+from pyfast_dpo.trainers.kto import KTOTrainer  # noqa: E402
+
+__all__ = ["DPOConfig", "DPOTrainer", "KTOConfig", "KTOTrainer"]
