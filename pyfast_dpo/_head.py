@@ -9,7 +9,9 @@ from torch import Tensor
 
 from pyfast_dpo import _ops
 
-TILE = 8192  # vocabulary entries of the weight's gradient at a time on CUDA: bounds its extra memory
+TILE = (
+    8192  # vocabulary entries of the weight's gradient at a time on CUDA: bounds its extra memory
+)
 
 
 class Head(NamedTuple):

@@ -29,7 +29,7 @@ def report() -> str:
         "platform": platform.platform(),
         "torch": f"{build['torch']} (CUDA {build['torch_cuda'] or 'none'})",
         "torch threads": str(torch.get_num_threads()),
-        "built with": f"torch {build['torch_at_build']}, {build['compiler']}",
+        "built with": f"torch {build['torch_at_build']}, compiler {build['compiler']}",
         "CPU kernels built": _joined(build["cpu_kernels"]),
         "CPU offers": build["cpu_available"],
         "CPU kernels used": build["cpu_used"]

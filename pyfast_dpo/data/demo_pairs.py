@@ -47,7 +47,9 @@ def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def _pair(item: Item, number: int) -> dict[str, Any]:
     chosen = f"In short, {item.answer}. The reason is that {item.reason}."
-    opening = ("The answer is", "To answer the question,", "I would say", "A good answer is")[number % 4]
+    opening = ("The answer is", "To answer the question,", "I would say", "A good answer is")[
+        number % 4
+    ]
     rejected = f"{opening} {item.answer}, because {item.reason}."
     return {
         "prompt": [{"role": "user", "content": item.question}],

@@ -110,6 +110,6 @@ def _panel(
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Mean over a window of a tenth of the run around each step: batches differ, and hide the trend."""
-    reach = max(1, len(values) // 20)
+    reach = len(values) // 20
     windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

@@ -22,7 +22,8 @@ COLUMNS = (
 class ProgressTable(TrainerCallback):
     """Prints the main metrics of every log step and keeps the duration of the steps.
 
-    Metrics that a loss does not have are left out of the table; all of them are in the log history.
+    A dash stands for a metric that a step does not have, such as the margin of a KTO batch with only
+    desirable rows. All metrics are in the log history.
     """
 
     def __init__(self) -> None:
@@ -67,10 +68,14 @@ class ProgressTable(TrainerCallback):
             return
         if "loss" in logs:
             if not self._columns:
-                self._columns = [column for column in COLUMNS if column[1] in logs]
+                absent = "rewards/accuracies" if "kl" in logs else "kl"
+                self._columns = [column for column in COLUMNS if column[1] != absent]
                 header = "".join(f"{title:>15}" for title, _ in self._columns)
                 tqdm.write(f"{'step':>6}{header}{'s/step':>9}")
-            cells = "".join(f"{logs.get(name, float('nan')):>15.4f}" for _, name in self._columns)
+            cells = "".join(
+                f"{logs[name]:>15.4f}" if name in logs else f"{'-':>15}"
+                for _, name in self._columns
+            )
             tqdm.write(f"{state.global_step:>6}{cells}{self.seconds_per_step:>9.2f}")
         elif "eval_loss" in logs:
             tqdm.write(
