@@ -74,7 +74,7 @@ class Gradients:
 
     def __init__(self, rows: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        self.rows = torch.empty_like(rows) if wanted[0] else None
+        self.rows = torch.empty_like(rows, dtype=wide) if wanted[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
         self.bias = (
             torch.zeros_like(head.bias, dtype=wide) if wanted[2] and head.bias is not None else None
@@ -89,9 +89,11 @@ class Gradients:
             self.bias += gradient.sum(0)
 
     def finish(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        weight = None if self.weight is None else self.weight.to(head.weight.dtype)
+        dtype = head.weight.dtype
+        rows = None if self.rows is None else self.rows.to(dtype)
+        weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
-        return self.rows, weight, bias
+        return rows, weight, bias
 
 
 class LinearLoss(torch.autograd.Function):
@@ -111,6 +113,8 @@ class LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = Head(weight, bias, *options)
         wanted = ctx.needs_input_grad[:3]
+        # Without gradients of the head nothing but a factor a row waits for the loss.
+        frozen = wanted[0] and not any(wanted[1:])
         gradients = Gradients(rows, head, wanted)
         loss = rows.new_zeros((), dtype=torch.float64)
         kept: list[tuple[Tensor, ...]] = []
@@ -118,14 +122,16 @@ class LinearLoss(torch.autograd.Function):
             pieces = [
                 (i, min(i + units.max_rows, last)) for i in range(first, last, units.max_rows)
             ]
-            keeps_logits = len(pieces) <= 1
-            scored = [
-                score(rows[i:j], targets[i:j], head)
-                for i, j in pieces[: None if keeps_logits else 0]
-            ]
-            tokens = [s.tokens[0] for s in scored] or [
-                score(rows[i:j], targets[i:j], head).tokens[0] for i, j in pieces
-            ]
+            scored: list[Scored] = []  # kept until the loss is known, when it is a single piece
+            tokens: list[Tensor] = []
+            for i, j in pieces:
+                piece = score(rows[i:j], targets[i:j], head)
+                tokens.append(piece.tokens[0])
+                if frozen:
+                    ones = torch.ones_like(piece.tokens[0])
+                    gradients.add(gradient_of_logits(piece, ones, head), rows, i, j, head)
+                elif len(pieces) == 1:
+                    scored.append(piece)
             lengths = units.lengths[first_unit * units.sequences : last_unit * units.sequences]
             logps, scales = _sequence_logps(tokens, lengths, units.average, rows)
             with torch.enable_grad():
@@ -141,12 +147,14 @@ class LinearLoss(torch.autograd.Function):
                 torch.tensor(lengths, device=rows.device),
                 output_size=last - first,
             )
+            if frozen and gradients.rows is not None:
+                gradients.rows[first:last] *= coefficients.unsqueeze(1)
+                continue
             for k, (i, j) in enumerate(pieces):
-                piece = scored[k] if keeps_logits else score(rows[i:j], targets[i:j], head)
+                piece = scored[k] if scored else score(rows[i:j], targets[i:j], head)
                 gradient = gradient_of_logits(piece, coefficients[i - first : j - first], head)
                 gradients.add(gradient, rows, i, j, head)
-        ctx.gradients = gradients.finish(head)
-        ctx.save_for_backward(rows, weight, bias)
+        ctx.save_for_backward(rows, weight, bias, *gradients.finish(head))
         columns = tuple(torch.cat(column) for column in zip(*kept, strict=True))
         ctx.mark_non_differentiable(*columns)
         ctx.set_materialize_grads(False)
@@ -156,9 +164,12 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 7
-        with torch.no_grad():
-            scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.gradients]
-        return *refuse_second(scaled, ctx.saved_tensors), None, None, None, None
+        inputs, gradients = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
+        # loss.backward() brings 1: then the weight's gradient needs no copy. Looking costs a wait on a GPU.
+        if grad_loss.is_cuda or grad_loss.item() != 1.0:
+            with torch.no_grad():
+                gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
+        return *refuse_second(gradients, inputs), None, None, None, None
 
 
 class LinearLogps(torch.autograd.Function):

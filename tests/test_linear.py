@@ -360,6 +360,24 @@ def test_log_probs_under_a_frozen_head_cost_two_products(products):
     assert [name for name, _ in products] == ["head_logits", "head_grad_rows"]
 
 
+def test_a_frozen_head_needs_no_second_look_at_pairs_beyond_the_budget(products):
+    hidden, weight, _, labels = problem()
+    fused_linear_dpo_loss(hidden.requires_grad_(), weight, labels, max_chunk_bytes=4 * 211 * 5)
+    scored = int((labels != -100).sum())
+    for name in ("head_logits", "head_grad_rows"):
+        assert sum(rows for called, rows in products if called == name) == scored
+
+
+def test_gradients_of_a_second_backward_pass_are_the_same_and_not_shared():
+    hidden, weight, _, labels = problem()
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = fused_linear_dpo_loss(hidden, weight, labels).loss
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone()
+    loss.backward()
+    assert torch.equal(weight.grad, 2 * first)
+
+
 def test_logits_stay_within_the_budget(products):
     hidden, weight, _, labels = problem()
     fused_linear_dpo_loss(hidden.requires_grad_(), weight, labels, max_chunk_bytes=4 * 211 * 5)
