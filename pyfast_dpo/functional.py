@@ -146,7 +146,7 @@ def preference_loss(
     name = "preference_loss"
     check_tensor(name, "policy_chosen_logps", policy_chosen_logps)
     check_tensor(name, "policy_rejected_logps", policy_rejected_logps)
-    _check_pair_options(name, loss_type, beta, label_smoothing)
+    check_pair_options(name, loss_type, beta, label_smoothing)
     if policy_chosen_logps.dim() != 1:
         raise ValueError(
             f"{name}: policy_chosen_logps must have shape [P], got {describe(policy_chosen_logps)}"
@@ -174,7 +174,7 @@ def preference_loss(
     )
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = inputs
     assert policy_chosen is not None and policy_rejected is not None
-    if _use_kernels(name, impl, policy_chosen):
+    if use_kernels_for(name, impl, policy_chosen):
         return PreferenceLoss(
             *_ops.pair_loss(*inputs, loss_type, float(beta), float(label_smoothing))
         )
@@ -236,7 +236,7 @@ def kto_loss(
     assert policy is not None
     kl = kl.detach().to(policy).reshape(1) if isinstance(kl, Tensor) else policy.new_full((1,), kl)
     weights = (float(beta), float(desirable_weight), float(undesirable_weight))
-    if _use_kernels(name, impl, policy):
+    if use_kernels_for(name, impl, policy):
         return UnpairedLoss(
             *_ops.unpaired_loss(policy, reference_values, is_desirable, kl, "kto", *weights)
         )
@@ -281,7 +281,7 @@ def mean_of_losses(losses: Tensor) -> Tensor:
     return (losses.sum(dtype=torch.float64) / max(losses.shape[0], 1)).to(losses.dtype)
 
 
-def _check_pair_options(function: str, loss_type: str, beta: float, label_smoothing: float) -> None:
+def check_pair_options(function: str, loss_type: str, beta: float, label_smoothing: float) -> None:
     check_choice(function, "loss_type", loss_type, PAIR_LOSS_NAMES)
     check_beta(function, beta)
     check_label_smoothing(function, label_smoothing)
@@ -298,7 +298,7 @@ def _to_statistics_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-def _use_kernels(function: str, impl: Impl, like: Tensor) -> bool:
+def use_kernels_for(function: str, impl: Impl, like: Tensor) -> bool:
     check_choice(function, "impl", impl, ("auto", "fused", "torch"))
     if impl == "torch":
         return False
@@ -327,7 +327,7 @@ def _seq_logp(
     check_logits_and_labels(function, logits, labels, logits_name)
     if function == "sequence_logps" and logits.dim() != 3:
         raise ValueError(f"{function}: logits must have shape [B, T, V], got {describe(logits)}")
-    use_kernels = _use_kernels(function, impl, logits)
+    use_kernels = use_kernels_for(function, impl, logits)
     compiling = torch.compiler.is_compiling()
     if validate is None:
         validate = logits.device.type == "cpu" and not compiling

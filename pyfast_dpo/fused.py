@@ -16,8 +16,8 @@ from pyfast_dpo._checks import (
 )
 from pyfast_dpo.functional import (
     Impl,
-    _check_pair_options,
     _seq_logp,
+    check_pair_options,
     kto_loss,
     mean_of_losses,
     preference_loss,
@@ -148,7 +148,7 @@ def _fused_pair_loss(
 ) -> FusedPreferenceLoss:
     """All checks come before the work on the logits, and name the public function."""
     check_tensor(name, "policy_logits", policy_logits)
-    _check_pair_options(name, loss_type, beta, label_smoothing)
+    check_pair_options(name, loss_type, beta, label_smoothing)
     if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:
         raise ValueError(
             f"{name}: policy_logits must have shape [2P, T, V], chosen rows first, then as many rejected "

@@ -26,11 +26,11 @@ from pyfast_dpo._head import Head
 from pyfast_dpo._linear import LinearLogps, LinearLoss, UnitLoss, Units, logps_dtype
 from pyfast_dpo.functional import (
     Impl,
-    _check_pair_options,
-    _use_kernels,
+    check_pair_options,
     kto_loss,
     mean_of_losses,
     preference_loss,
+    use_kernels_for,
 )
 from pyfast_dpo.fused import FusedPreferenceLoss, FusedUnpairedLoss, fused_dpo_loss, fused_kto_loss
 
@@ -70,7 +70,7 @@ def linear_token_logps(
     """
     name = "linear_token_logps"
     head = _checked_head(name, hidden, weight, labels, bias, logit_scale, softcap)
-    if not _use_kernels(name, impl, hidden):
+    if not use_kernels_for(name, impl, hidden):
         return reference.seq_logp(_torch_logits(hidden, head), labels, ignore_index, shift, False)[
             1
         ]
@@ -168,7 +168,7 @@ def fused_linear_dpo_loss(
         `FusedPreferenceLoss`. Double backward raises; use impl="torch" for it.
     """
     name = "fused_linear_dpo_loss"
-    _check_pair_options(name, loss_type, beta, label_smoothing)
+    check_pair_options(name, loss_type, beta, label_smoothing)
     head = _checked_head(name, hidden, weight, labels, bias, logit_scale, softcap)
     if hidden.dim() != 3 or hidden.shape[0] % 2:
         raise ValueError(
@@ -192,7 +192,7 @@ def fused_linear_dpo_loss(
         name, head, labels, reference_logps, reference_hidden, reference_weight, reference_bias,
         {**options, **head_options, "validate": validate},
     )  # fmt: skip
-    if not _use_kernels(name, impl, hidden):
+    if not use_kernels_for(name, impl, hidden):
         return fused_dpo_loss(
             _torch_logits(hidden, head),
             labels,
@@ -280,7 +280,7 @@ def fused_linear_kto_loss(
         "desirable_weight": desirable_weight,
         "undesirable_weight": undesirable_weight,
     }
-    if not _use_kernels(name, impl, hidden):
+    if not use_kernels_for(name, impl, hidden):
         return fused_kto_loss(
             _torch_logits(hidden, head),
             labels,

@@ -44,7 +44,11 @@ std::string cpu_capability() {
 py::dict build_facts() {
   py::dict facts;
   facts["torch_at_build"] = PFD_STRINGIZE(PFD_TORCH_VERSION);
-  facts["compiler"] = __VERSION__;
+#if defined(__clang__)
+  facts["compiler"] = __VERSION__;  // names itself
+#else
+  facts["compiler"] = "gcc " __VERSION__;
+#endif
   facts["cpu_kernels"] = std::vector<std::string>{
       cpu::kGenericKernels.name,
 #if defined(__x86_64__)

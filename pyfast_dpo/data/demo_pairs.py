@@ -1,7 +1,7 @@
 """The preference set of `pyfast-dpo demo`: the answer in short and at once, then the reason, in two sentences.
 
     chosen     In short, no, it is a mammal. The reason is that whales breathe air and feed their young with milk.
-    rejected   To answer the question, no, it is a mammal, because whales breathe air and feed their young with milk.
+    rejected   The answer is no, it is a mammal, because whales breathe air and feed their young with milk.
 
 Both responses say the same in the same order, so that only the form is learned. It is one that a reader can
 skim and that `follows_preference` checks; a model does not use it unasked. `python -m

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from pyfast_dpo._checks import check_beta, check_choice, check_weight
-from pyfast_dpo.functional import UNPAIRED_LOSS_NAMES, _check_pair_options
+from pyfast_dpo.functional import UNPAIRED_LOSS_NAMES, check_pair_options
 
 
 @dataclass
@@ -82,7 +82,7 @@ class DPOConfig(PreferenceConfig):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_pair_options("DPOConfig", self.loss_type, self.beta, self.label_smoothing)
+        check_pair_options("DPOConfig", self.loss_type, self.beta, self.label_smoothing)
         super().__post_init__()
 
 
