@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyfast_dpo import _ops
 from pyfast_dpo._head import Head, add_weight_gradient
+from pyfast_dpo.reference import statistics_dtype
 
 # Loss of the units [first, last): their log-probs, in unit order -> (scalar to add, tensors to keep).
 UnitLoss = Callable[[Tensor, int, int], tuple[Tensor, tuple[Tensor, ...]]]
@@ -73,7 +74,7 @@ class Gradients:
     """Where the three gradients of a pass are gathered, for the inputs that ask for them."""
 
     def __init__(self, rows: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        wide = statistics_dtype(rows.dtype)
         self.rows = torch.empty_like(rows, dtype=wide) if wanted[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
         self.bias = (
@@ -158,7 +159,7 @@ class LinearLoss(torch.autograd.Function):
         columns = tuple(torch.cat(column) for column in zip(*kept, strict=True))
         ctx.mark_non_differentiable(*columns)
         ctx.set_materialize_grads(False)
-        return loss.to(logps_dtype(rows)), *columns
+        return loss.to(statistics_dtype(rows.dtype)), *columns
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -188,8 +189,10 @@ class LinearLogps(torch.autograd.Function):
     ) -> Tensor:
         head = Head(weight, bias, *options)
         frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        unit_gradient = torch.empty_like(rows, dtype=logps_dtype(rows)) if frozen else None
-        tokens = rows.new_empty(rows.shape[0], dtype=logps_dtype(rows))
+        unit_gradient = (
+            torch.empty_like(rows, dtype=statistics_dtype(rows.dtype)) if frozen else None
+        )
+        tokens = rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows.dtype))
         for first in range(0, rows.shape[0], max_rows):
             piece = slice(first, first + max_rows)
             scored = score(rows[piece], targets[piece], head)
@@ -245,16 +248,12 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
-def logps_dtype(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
-
-
 def _sequence_logps(
     tokens: list[Tensor], lengths: list[int], average: bool, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums (or means) of consecutive tokens, and the factor from a sequence's to its tokens' gradient."""
     counts = torch.tensor(lengths, device=rows.device)
-    values = torch.cat(tokens) if tokens else rows.new_empty(0, dtype=logps_dtype(rows))
+    values = torch.cat(tokens) if tokens else rows.new_empty(0, dtype=statistics_dtype(rows.dtype))
     sums = torch.segment_reduce(values.double(), "sum", lengths=counts, axis=0)
     divisors = counts.clamp(min=1).double() if average else torch.ones_like(sums)
     return (sums / divisors).to(values.dtype), (1 / divisors).to(values.dtype)

@@ -12,6 +12,7 @@ import torch  # loads libtorch, which _C links against
 from torch import Tensor
 
 from pyfast_dpo import _C
+from pyfast_dpo.reference import statistics_dtype
 
 PAIR_LOSS_NAMES: tuple[str, ...] = tuple(_C.pair_loss_names())
 UNPAIRED_LOSS_NAMES: tuple[str, ...] = tuple(_C.unpaired_loss_names())
@@ -40,10 +41,6 @@ def has_kernels(device_type: str) -> bool:
     return _HAS_KERNELS.get(device_type, False)
 
 
-def _statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 # --- log-probs of labels ------------------------------------------------------------------------
 
 
@@ -51,8 +48,12 @@ def _statistics_dtype(logits: Tensor) -> torch.dtype:
 def _(logits, labels, ignore_index, shift, average, inplace_backward):
     torch._check(logits.dim() == 3, lambda: "pyfast_dpo::seq_logp: logits must be [B, T, V]")
     batch, length, _ = logits.shape
-    per_row = [logits.new_empty((batch, length), dtype=_statistics_dtype(logits)) for _ in range(3)]
-    per_sequence = [logits.new_empty((batch,), dtype=_statistics_dtype(logits)) for _ in range(2)]
+    per_row = [
+        logits.new_empty((batch, length), dtype=statistics_dtype(logits.dtype)) for _ in range(3)
+    ]
+    per_sequence = [
+        logits.new_empty((batch,), dtype=statistics_dtype(logits.dtype)) for _ in range(2)
+    ]
     return per_sequence[0], *per_row, per_sequence[1]
 
 

@@ -20,10 +20,11 @@ from pyfast_dpo._checks import (
     check_per_sequence,
     check_same_device,
     check_tensor,
+    check_unpaired_options,
     describe,
 )
 from pyfast_dpo._head import Head
-from pyfast_dpo._linear import LinearLogps, LinearLoss, UnitLoss, Units, logps_dtype
+from pyfast_dpo._linear import LinearLogps, LinearLoss, UnitLoss, Units
 from pyfast_dpo.functional import (
     Impl,
     check_pair_options,
@@ -264,6 +265,9 @@ def fused_linear_kto_loss(
     head = _checked_head(name, hidden, weight, labels, bias, logit_scale, softcap)
     if hidden.dim() != 3:
         raise ValueError(f"{name}: hidden must have shape [N, T, H], got {describe(hidden)}")
+    check_unpaired_options(
+        name, hidden.shape[0], hidden, is_desirable, kl, beta, desirable_weight, undesirable_weight
+    )
     options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "impl": impl}
     head_options: dict[str, Any] = {
         "logit_scale": logit_scale,
@@ -335,7 +339,7 @@ def _loss_of_units(
     # On CUDA these two, the number of rows above and their division here, wait for the device.
     units = Units(scored.sum(1).tolist(), sequences, average, max_rows)
     if not units.lengths:
-        empty = hidden.new_zeros(0, dtype=logps_dtype(hidden))
+        empty = hidden.new_zeros(0, dtype=reference.statistics_dtype(hidden.dtype))
         return (hidden.sum() * 0).to(empty.dtype), *(empty for _ in range(outputs + 1))
     loss, *columns = LinearLoss.apply(
         hidden.reshape(-1, hidden.shape[-1])[index],
@@ -363,9 +367,11 @@ def _reference_logps(
     """The reference's log-probs `[rows]` from whichever of the two forms was given."""
     if logps is not None and hidden is not None:
         raise ValueError(f"{function}: pass reference_logps or reference_hidden, not both")
+    if hidden is not None:
+        check_tensor(function, "reference_hidden", hidden)
+    check_per_sequence(function, labels.shape[0], labels, reference_logps=logps)
+    check_constants(function, reference_logps=logps, reference_hidden=hidden)
     if hidden is None:
-        check_per_sequence(function, labels.shape[0], labels, reference_logps=logps)
-        check_constants(function, reference_logps=logps)
         return logps
     if weight is None:
         weight, bias = head.weight, head.bias
@@ -463,7 +469,7 @@ def _rows_in_budget(function: str, max_chunk_bytes: int, head: Head) -> int:
 
 def _torch_logits(hidden: Tensor, head: Head) -> Tensor:
     """The whole matrix, differentiable to any order: impl="torch"."""
-    wide = logps_dtype(hidden)
+    wide = reference.statistics_dtype(hidden.dtype)
     logits = torch.nn.functional.linear(
         hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide)
     )

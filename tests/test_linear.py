@@ -422,6 +422,21 @@ BAD = [
         ValueError,
         ["reference_logps or reference_hidden"],
     ),
+    (
+        lambda: fused_linear_dpo_loss(H, W, L, reference_hidden=H.clone().requires_grad_()),
+        ValueError,
+        ["reference_hidden requires grad", "detach()"],
+    ),
+    (
+        lambda: fused_linear_kto_loss(H, W, L, torch.ones(7, dtype=torch.bool), kl=0.0),
+        ValueError,
+        ["fused_linear_kto_loss: is_desirable", "[6]", "[7]"],
+    ),
+    (
+        lambda: fused_linear_kto_loss(H, W, L, torch.ones(6, dtype=torch.bool), kl=math.nan),
+        ValueError,
+        ["fused_linear_kto_loss: kl", "nan"],
+    ),
     (lambda: linear_token_logps(H, W, L, impl="cuda"), ValueError, ["impl", "'cuda'"]),
 ]  # fmt: skip
 
