@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from pyfast_dpo.data.cache import cache_folder
 from pyfast_dpo.diagnostics.extras import require
 
 SMOLLM2 = "smollm2"
@@ -17,11 +18,6 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def resolve_model(name: str) -> str:
     """The path of a model for `from_pretrained`; "smollm2" is converted and cached first."""
     return str(smollm2_path()) if name == SMOLLM2 else name
-
-
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pyfast_dpo"
 
 
 def smollm2_path() -> Path:

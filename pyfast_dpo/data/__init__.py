@@ -2,14 +2,26 @@
 
 from pyfast_dpo.data.collators import DataCollatorForPreference, DataCollatorForUnpairedPreference
 from pyfast_dpo.data.loading import load_rows
-from pyfast_dpo.data.prepare import PreparedDataset, prepare_pairs, prepare_unpaired
+from pyfast_dpo.data.prepare import (
+    PreparedDataset,
+    StreamedDataset,
+    prepare_pairs,
+    prepare_unpaired,
+)
 from pyfast_dpo.data.report import DataReport
+from pyfast_dpo.data.shared_prompt import (
+    SharedPromptCollatorForPreference,
+    SharedPromptCollatorForUnpairedPreference,
+)
 
 __all__ = [
     "DataCollatorForPreference",
     "DataCollatorForUnpairedPreference",
     "DataReport",
     "PreparedDataset",
+    "SharedPromptCollatorForPreference",
+    "SharedPromptCollatorForUnpairedPreference",
+    "StreamedDataset",
     "load_rows",
     "prepare_pairs",
     "prepare_unpaired",

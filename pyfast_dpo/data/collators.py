@@ -93,17 +93,22 @@ class DataCollatorForUnpairedPreference:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         prompts = [example["prompt_ids"] for example in examples]
         completions = [example["completion_ids"] for example in examples]
-        mismatched = [
-            example["KL_completion_ids"]
-            if self.max_length is None
-            else example["KL_completion_ids"][: self.max_length - len(example["prompt_ids"])]
-            for example in examples
-        ]
+        mismatched = mismatched_completions(examples, self.max_length)
         batch = pad_rows(prompts, completions, self.pad_token_id, self.pad_to_multiple_of)
         kl_rows = pad_rows(prompts, mismatched, self.pad_token_id, self.pad_to_multiple_of)
         batch.update({f"KL_{name}": rows for name, rows in kl_rows.items()})
         batch["label"] = torch.tensor([example["label"] for example in examples], dtype=torch.bool)
         return batch
+
+
+def mismatched_completions(examples: Sequence[Example], max_length: int | None) -> list[Any]:
+    """The `KL_completion_ids`, cut so that they fit under the prompt that they do not belong to."""
+    if max_length is None:
+        return [example["KL_completion_ids"] for example in examples]
+    return [
+        example["KL_completion_ids"][: max_length - len(example["prompt_ids"])]
+        for example in examples
+    ]
 
 
 def pad_rows(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pyfast_dpo.data.report import DataReport
 from pyfast_dpo.data.rows import (
@@ -22,7 +23,7 @@ from pyfast_dpo.diagnostics.extras import require
 
 Example = dict[str, Any]
 Ids = np.ndarray  # int32, one dimension: a tenth of the memory of a list of ints
-Parsed = TypeVar("Parsed")
+Row = Mapping[str, Any]
 
 SHOW_PROGRESS_FROM = 5000  # rows; fewer are tokenized in a second or two
 
@@ -40,18 +41,47 @@ class PreparedDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
+    def tokens(self) -> list[int]:
+        """Tokens that every example brings to a batch of shared prompts."""
+        return [
+            sum(len(ids) for name, ids in example.items() if name.endswith("_ids"))
+            for example in self.examples
+        ]
+
+
+class StreamedDataset(IterableDataset[Example]):
+    """Tokenizes rows as they are read, for data without a length; `report` counts those of the last pass."""
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        examples: Callable[[Iterable[Row], DataReport], Iterator[Example]],
+        name: str,
+    ) -> None:
+        self._rows, self._examples = rows, examples
+        self.report = DataReport(name)
+
+    def __iter__(self) -> Iterator[Example]:
+        self.report = DataReport(self.report.name)
+        worker = get_worker_info()
+        rows: Iterable[Row] = self._rows
+        if worker is not None:
+            rows = islice(rows, worker.id, None, worker.num_workers)
+        return self._examples(rows, self.report)
+
 
 def prepare_pairs(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Iterable[Row],
     tokenizer: Any,
     *,
     max_length: int | None = 1024,
     name: str = "train",
-) -> PreparedDataset:
+) -> PreparedDataset | StreamedDataset:
     """Pairs as token ids.
 
     Args:
-        rows: dicts (or a `datasets.Dataset`) with the columns of `pyfast_dpo.data.rows`.
+        rows: dicts, a `datasets.Dataset`, or a stream of rows (anything that can be iterated again but has
+            no length, such as a `datasets.IterableDataset`), with the columns of `pyfast_dpo.data.rows`.
         tokenizer: a `transformers` tokenizer, with a chat template if the rows are messages. Plain
             responses get its end-of-sequence token appended.
         max_length: the most tokens of prompt + response; responses are cut, prompts never.
@@ -59,27 +89,26 @@ def prepare_pairs(
 
     Returns:
         Examples `{"prompt_ids", "chosen_ids", "rejected_ids"}` of int32 arrays; `.report` accounts for
-        every row.
+        every row. For a stream they are made as they are read.
 
     Raises:
         ValueError: a missing column, with its row; no usable row; messages without a chat template.
     """
-    check_columns(rows, PAIR_COLUMNS)
-    report = DataReport(name)
-    examples = [
-        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        for prompt, chosen, rejected in _tokenized_pairs(rows, tokenizer, max_length, report)
-    ]
-    return _prepared(examples, report)
+
+    def examples(rows: Iterable[Row], report: DataReport) -> Iterator[Example]:
+        for prompt, chosen, rejected in _tokenized_pairs(rows, tokenizer, max_length, report):
+            yield {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+    return _prepared(rows, examples, name, PAIR_COLUMNS)
 
 
 def prepare_unpaired(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Iterable[Row],
     tokenizer: Any,
     *,
     max_length: int | None = 1024,
     name: str = "train",
-) -> PreparedDataset:
+) -> PreparedDataset | StreamedDataset:
     """Unpaired examples as token ids, each with a completion of another prompt for KTO's KL estimate.
 
     Args: as `prepare_pairs`. Rows with the columns of pairs become two examples each: chosen with the
@@ -93,59 +122,85 @@ def prepare_unpaired(
     Raises:
         ValueError: as `prepare_pairs`; fewer than two different prompts.
     """
-    paired = len(rows) > 0 and isinstance(rows[0], Mapping) and "chosen" in rows[0]
-    report = DataReport(name)
-    examples: list[Example] = []
-    if paired:
-        check_columns(rows, PAIR_COLUMNS)
-        for prompt, chosen, rejected in _tokenized_pairs(rows, tokenizer, max_length, report):
-            examples.append({"prompt_ids": prompt, "completion_ids": chosen, "label": True})
-            examples.append({"prompt_ids": prompt, "completion_ids": rejected, "label": False})
-    else:
-        check_columns(rows, UNPAIRED_COLUMNS)
+
+    def examples(rows: Iterable[Row], report: DataReport) -> Iterator[Example]:
         for number, row in _numbered(rows, report):
             try:
-                example = parse_unpaired(row)
-                prompt, (completion,) = _tokenize(
-                    tokenizer, example.prompt, [example.completion], max_length, report, number
-                )
+                if "chosen" in row and "completion" not in row:
+                    prompt, chosen, rejected = _tokenized_pair(
+                        row, tokenizer, max_length, report, number
+                    )
+                    completions = [(chosen, True), (rejected, False)]
+                else:
+                    check_columns([row], UNPAIRED_COLUMNS, first=number)
+                    example = parse_unpaired(row)
+                    prompt, (completion,) = _tokenize(
+                        tokenizer, example.prompt, [example.completion], max_length, report, number
+                    )
+                    completions = [(completion, example.label)]
             except UnusableRow as reason:
                 report.drop(number, str(reason))
                 continue
-            examples.append(
-                {"prompt_ids": prompt, "completion_ids": completion, "label": example.label}
-            )
-    dataset = _prepared(examples, report)
-    _add_mismatched_completions(dataset.examples)
-    return dataset
+            for completion, label in completions:
+                yield {"prompt_ids": prompt, "completion_ids": completion, "label": label}
+
+    return _prepared(
+        rows,
+        lambda rows, report: _with_mismatched_completions(examples(rows, report)),
+        name,
+        UNPAIRED_COLUMNS,
+    )
+
+
+def _prepared(
+    rows: Iterable[Row],
+    examples: Callable[[Iterable[Row], DataReport], Iterator[Example]],
+    name: str,
+    columns: tuple[str, ...],
+) -> PreparedDataset | StreamedDataset:
+    if not hasattr(rows, "__len__"):
+        return StreamedDataset(rows, examples, name)
+    first = next(iter(rows), None)
+    if isinstance(first, Mapping) and "chosen" in first and "completion" not in first:
+        columns = PAIR_COLUMNS
+    check_columns(rows, columns)  # of all rows, before the work of tokenizing any
+    report = DataReport(name)
+    prepared = list(examples(rows, report))
+    if not prepared:
+        raise ValueError(f"dataset: no usable row; {report}")
+    return PreparedDataset(prepared, report)
 
 
 def _tokenized_pairs(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | None, report: DataReport
+    rows: Iterable[Row], tokenizer: Any, max_length: int | None, report: DataReport
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
     for number, row in _numbered(rows, report):
         try:
-            pair = parse_pair(row)
-            prompt, (chosen, rejected) = _tokenize(
-                tokenizer, pair.prompt, [pair.chosen, pair.rejected], max_length, report, number
-            )
-            if np.array_equal(chosen, rejected):
-                raise UnusableRow("identical responses after tokenization and truncation")
+            yield _tokenized_pair(row, tokenizer, max_length, report, number)
         except UnusableRow as reason:
             report.drop(number, str(reason))
-            continue
-        yield prompt, chosen, rejected
 
 
-def _numbered(
-    rows: Sequence[Mapping[str, Any]], report: DataReport
-) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    report.total = len(rows)
-    tqdm = require("tqdm", "the progress bar").tqdm
-    return enumerate(
-        tqdm(rows, desc=f"tokenizing {report.name}", disable=len(rows) < SHOW_PROGRESS_FROM),
-        start=1,
+def _tokenized_pair(
+    row: Row, tokenizer: Any, max_length: int | None, report: DataReport, number: int
+) -> tuple[Ids, Ids, Ids]:
+    check_columns([row], PAIR_COLUMNS, first=number)
+    pair = parse_pair(row)
+    prompt, (chosen, rejected) = _tokenize(
+        tokenizer, pair.prompt, [pair.chosen, pair.rejected], max_length, report, number
     )
+    if np.array_equal(chosen, rejected):
+        raise UnusableRow("identical responses after tokenization and truncation")
+    return prompt, chosen, rejected
+
+
+def _numbered(rows: Iterable[Row], report: DataReport) -> Iterator[tuple[int, Row]]:
+    tqdm = require("tqdm", "the progress bar").tqdm
+    count = len(rows) if hasattr(rows, "__len__") else 0
+    bar = tqdm(rows, desc=f"tokenizing {report.name}", disable=count < SHOW_PROGRESS_FROM)
+    for number, row in enumerate(bar, start=report.total + 1):
+        report.total = number
+        yield number, row
 
 
 def _tokenize(
@@ -205,25 +260,28 @@ def _common_prefix(first: Ids, second: Ids) -> int:
     return int(different[0]) if len(different) else length
 
 
-def _prepared(examples: list[Example], report: DataReport) -> PreparedDataset:
-    if not examples:
-        raise ValueError(f"dataset: no usable row; {report}")
-    return PreparedDataset(examples, report)
-
-
-def _add_mismatched_completions(examples: list[Example]) -> None:
-    prompts = [example["prompt_ids"].tobytes() for example in examples]
-    if len(set(prompts)) < 2:
+def _with_mismatched_completions(examples: Iterable[Example]) -> Iterator[Example]:
+    """Adds to every example the completion of the next one with another prompt, from the beginning again
+    for the last ones."""
+    waiting: list[Example] = []  # examples of one prompt
+    first: Example | None = None
+    other: Example | None = None  # the first example with another prompt than the first
+    for example in examples:
+        first = first or example
+        if other is None and not np.array_equal(first["prompt_ids"], example["prompt_ids"]):
+            other = example
+        if waiting and not np.array_equal(waiting[0]["prompt_ids"], example["prompt_ids"]):
+            for earlier in waiting:
+                yield {**earlier, "KL_completion_ids": example["completion_ids"]}
+            waiting = []
+        waiting.append(example)
+    if first is None:
+        return
+    if other is None:
         raise ValueError(
             "dataset: KTO estimates KL from completions under other prompts and needs at least two "
-            f"different prompts, got {len(set(prompts))}"
+            "different prompts, got 1"
         )
-    # Backwards twice around: the next example with another prompt is the neighbour, or the neighbour's next.
-    count = len(examples)
-    partner = [0] * count
-    for index in reversed(range(2 * count)):
-        here, following = index % count, (index + 1) % count
-        same = prompts[here] == prompts[following]
-        partner[here] = partner[following] if same else following
-    for example, index in zip(examples, partner, strict=True):
-        example["KL_completion_ids"] = examples[index]["completion_ids"]
+    again = other if np.array_equal(waiting[0]["prompt_ids"], first["prompt_ids"]) else first
+    for last in waiting:
+        yield {**last, "KL_completion_ids": again["completion_ids"]}

@@ -38,9 +38,11 @@ class Unpaired:
     label: bool
 
 
-def check_columns(rows: Iterable[Mapping[str, Any]], columns: tuple[str, ...]) -> None:
-    """Raises ValueError for the first row (numbered from 1) that lacks one of the columns."""
-    for number, row in enumerate(rows, start=1):
+def check_columns(
+    rows: Iterable[Mapping[str, Any]], columns: tuple[str, ...], *, first: int = 1
+) -> None:
+    """Raises ValueError for the first row (numbered from `first`) that lacks one of the columns."""
+    for number, row in enumerate(rows, start=first):
         if not isinstance(row, Mapping):
             raise TypeError(f"dataset: row {number} must be a mapping, got {type(row).__name__}")
         for column in columns:

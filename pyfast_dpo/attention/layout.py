@@ -1,0 +1,105 @@
+"""How prompts and their responses lie in one row of tokens: `prompt | response | response | prompt | ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """A prompt and the responses to it, which follow it in the row. Lengths in tokens."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPromptLayout:
+    """What attention must know of a row: its groups, in order. Numbers on the host, no tensors.
+
+    Every response sees its prompt and itself, causally; nothing else. With `positions`, where every
+    response counts on from the end of its prompt, a model computes for each token what it would compute
+    for the separate sequence prompt + response.
+    """
+
+    groups: tuple[Group, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(group.prompt + sum(group.responses) for group in self.groups)
+
+    def positions(self) -> Tensor:
+        """`[tokens]` int64."""
+        parts = []
+        for group in self.groups:
+            parts.append(torch.arange(group.prompt))
+            parts += [torch.arange(group.prompt, group.prompt + n) for n in group.responses]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+class SharedPromptRow(NamedTuple):
+    """Sequences packed into a row, and where their scored tokens are."""
+
+    layout: SharedPromptLayout
+    tokens: Tensor  # [T] int64
+    index: Tensor  # [R] int64: the position whose hidden state scores each scored token
+    targets: (
+        Tensor  # [R] int64: the scored tokens, those of a sequence after those of the one before
+    )
+    lengths: tuple[int, ...]  # scored tokens of every sequence
+
+
+def pack_row(prompts: Sequence[Any], responses: Sequence[Any]) -> SharedPromptRow:
+    """Packs sequences prompt + response into one row, each different prompt once, each response to it once.
+
+    Args:
+        prompts, responses: token ids of S sequences, one-dimensional arrays or lists of ints.
+
+    Returns:
+        The row. The token after a prompt is scored by the prompt's last position, once for every response,
+        so `index` repeats that position. A response to an empty prompt has nothing that scores its first
+        token, as in the padded layout.
+    """
+    groups: dict[bytes, tuple[Any, dict[bytes, Any]]] = {}  # by prompt; its responses, by response
+    keys = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        prompt, response = (np.asarray(ids, dtype=np.int64) for ids in (prompt, response))
+        key = prompt.tobytes(), response.tobytes()
+        groups.setdefault(key[0], (prompt, {}))[1].setdefault(key[1], response)
+        keys.append(key)
+
+    start = 0
+    pieces, shapes = [], []
+    places: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}
+    for prompt_key, (prompt, answers) in groups.items():
+        pieces.append(prompt)
+        prompt_end = start + len(prompt)
+        begin = prompt_end
+        for response_key, response in answers.items():
+            pieces.append(response)
+            index = np.arange(begin - 1, begin + len(response) - 1)
+            if len(index):
+                index[0] = prompt_end - 1
+            first = 0 if len(prompt) else 1
+            places[prompt_key, response_key] = index[first:], response[first:]
+            begin += len(response)
+        shapes.append(Group(len(prompt), tuple(len(r) for r in answers.values())))
+        start = begin
+
+    scored = [places[key] for key in keys]
+
+    def joined(arrays: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *arrays]))
+
+    return SharedPromptRow(
+        SharedPromptLayout(tuple(shapes)),
+        joined(pieces),
+        joined([index for index, _ in scored]),
+        joined([targets for _, targets in scored]),
+        tuple(len(index) for index, _ in scored),
+    )

@@ -1,0 +1,115 @@
+"""Batches without padding in which each prompt stands once: one row `prompt | chosen | rejected | prompt | ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyfast_dpo.attention.layout import SharedPromptRow, pack_row
+from pyfast_dpo.data.collators import Example, mismatched_completions
+
+Batch = dict[str, Any]
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
+
+
+@dataclass
+class SharedPromptCollatorForPreference:
+    """Packs P pairs into one row; pairs of one batch with the same prompt share it too.
+
+    Returns (from a call with a list of P examples `{"prompt_ids", "chosen_ids", "rejected_ids"}`):
+        `sequence_tokens`: int64 `[P]`, tokens of the two sequences of a pair, prompts counted in both.
+        `input_ids`, `position_ids`: int64 `[1, T]`; `shared_prompt_layout`: for the attention function.
+        `index`, `targets`: int64 `[R]`, `counts`: int64 `[2P]`, `lengths`: the same as a tuple: where the
+        scored tokens of the 2P sequences are, chosen ones first (`pyfast_dpo.CompletionRows`).
+        `ref_chosen_logps`, `ref_rejected_logps`: float32 `[P]`, if the examples have them.
+
+    Example:
+        >>> batch = SharedPromptCollatorForPreference()([
+        ...     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+        ... ])
+        >>> batch["input_ids"], batch["position_ids"]
+        (tensor([[1, 2, 3, 4, 5, 6]]), tensor([[0, 1, 2, 3, 4, 3]]))
+        >>> batch["index"], batch["targets"], batch["lengths"]  # the prompt's end scores 4 and 6
+        (tensor([2, 3, 2]), tensor([4, 5, 6]), (2, 1))
+    """
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        prompts = [example["prompt_ids"] for example in examples]
+        responses = [example["chosen_ids"] for example in examples]
+        responses += [example["rejected_ids"] for example in examples]
+        row = pack_row(prompts + prompts, responses)
+        tokens = [
+            2 * len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"])
+            for e in examples
+        ]
+        return {
+            "sequence_tokens": torch.tensor(tokens),
+            **_row(row),
+            **_scored(row, 0, len(row.lengths)),
+            **_reference(examples),
+        }
+
+
+@dataclass
+class SharedPromptCollatorForUnpairedPreference:
+    """Packs N examples into one row, each with its mismatched completion under the same prompt.
+
+    Args:
+        max_length: cuts the mismatched completions, which were cut to it under other prompts.
+
+    Returns (from a call with a list of N examples of `prepare_unpaired`): as
+        `SharedPromptCollatorForPreference` for N sequences; `KL_index`, `KL_targets`, `KL_counts`, `KL_lengths`
+        for the N mismatched ones, in the same row; `label`, bool `[N]`; `ref_logps`, `ref_KL_logps`, if the
+        examples have them.
+    """
+
+    max_length: int | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        prompts = [example["prompt_ids"] for example in examples]
+        completions = [example["completion_ids"] for example in examples]
+        row = pack_row(
+            prompts + prompts, completions + mismatched_completions(examples, self.max_length)
+        )
+        tokens = [len(e["prompt_ids"]) + len(e["completion_ids"]) for e in examples]
+        count = len(examples)
+        return {
+            "sequence_tokens": torch.tensor(tokens),
+            **_row(row),
+            **_scored(row, 0, count),
+            **{f"KL_{name}": v for name, v in _scored(row, count, 2 * count).items()},
+            "label": torch.tensor([example["label"] for example in examples], dtype=torch.bool),
+            **_reference(examples),
+        }
+
+
+def _row(row: SharedPromptRow) -> Batch:
+    return {
+        "input_ids": row.tokens.unsqueeze(0),
+        "position_ids": row.layout.positions().unsqueeze(0),
+        "shared_prompt_layout": row.layout,
+    }
+
+
+def _scored(row: SharedPromptRow, first: int, last: int) -> Batch:
+    """The scored tokens of the sequences [first, last)."""
+    start, lengths = sum(row.lengths[:first]), row.lengths[first:last]
+    stop = start + sum(lengths)
+    return {
+        "index": row.index[start:stop],
+        "targets": row.targets[start:stop],
+        "counts": torch.tensor(lengths, dtype=torch.int64),
+        "lengths": lengths,
+    }
+
+
+def _reference(examples: Sequence[Example]) -> Batch:
+    return {
+        name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
+        for name in REFERENCE_COLUMNS
+        if name in examples[0]
+    }
