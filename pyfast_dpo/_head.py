@@ -66,3 +66,12 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
             total[tile] += torch.mm(narrow[:, tile].T, rows, out_dtype=gradient.dtype)
     else:
         _ops.head_add_grad_weight_(total, gradient, rows)
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """total[index] += rows; an index may occur more than once."""
+    rows = rows.to(total.dtype)
+    if total.is_cuda:  # sorted, so deterministic; index_add_ would add by atomics
+        total.index_put_((index,), rows, accumulate=True)
+    else:  # many times faster than index_put_ on the CPU
+        total.index_add_(0, index, rows)

@@ -30,6 +30,7 @@ seq_logp_backward = _namespace.seq_logp_backward
 seq_logp_backward_ = _namespace.seq_logp_backward_
 pair_loss = _namespace.pair_loss
 unpaired_loss = _namespace.unpaired_loss
+row_statistics = _namespace.row_statistics
 head_logits = _namespace.head_logits
 head_grad_rows = _namespace.head_grad_rows
 head_add_grad_weight_ = _namespace.head_add_grad_weight_
@@ -147,6 +148,12 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "pyfast_dpo::unpaired_loss", _unpaired_loss_backward, setup_context=_loss_setup
 )
+
+
+@torch.library.register_fake("pyfast_dpo::row_statistics")
+def _(logits, targets):
+    entropy, mean, log_sum_sq = (logits.new_empty((logits.shape[0],)) for _ in range(3))
+    return entropy, mean, logits.new_empty((logits.shape[0],), dtype=torch.bool), log_sum_sq
 
 
 # --- the lm_head on the CPU: building blocks of pyfast_dpo.linear, which has their gradients --------

@@ -1,48 +1,58 @@
 """From hidden states and the lm_head's weight to log-probs and losses, without a logits matrix.
 
 Only scored positions are projected: prompt and padding never reach the lm_head. Logits exist for one chunk
-of whole pairs at a time, in float32 whatever the inputs, within `max_chunk_bytes`. With a trainable head a
+of whole units at a time, in float32 whatever the inputs, within `max_chunk_bytes`. With a trainable head a
 loss costs three matrix products of the scored rows, with a frozen head (LoRA) two, the reference one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfast_dpo import reference
-from pyfast_dpo._checks import (
-    LOGITS_DTYPES,
-    check_constants,
-    check_labels_in_range,
-    check_per_sequence,
-    check_same_device,
-    check_tensor,
-    check_unpaired_options,
-    describe,
-)
+from pyfast_dpo._checks import check_number
 from pyfast_dpo._head import Head
-from pyfast_dpo._linear import LinearLogps, LinearLoss, UnitLoss, Units
-from pyfast_dpo.functional import (
-    Impl,
-    check_pair_options,
-    kto_loss,
-    mean_of_losses,
-    preference_loss,
-    use_kernels_for,
+from pyfast_dpo._linear import (
+    LinearLogps,
+    LinearLoss,
+    LossFunction,
+    LossOptions,
+    Plan,
+    sums_of_sequences,
 )
-from pyfast_dpo.fused import FusedPreferenceLoss, FusedUnpairedLoss, fused_dpo_loss, fused_kto_loss
+from pyfast_dpo._linear_checks import (
+    check_labels_or_rows,
+    check_row_weights,
+    checked_head,
+    completion_rows,
+    rows_in_budget,
+    under_autocast,
+)
+from pyfast_dpo.completion_rows import CompletionRows
+from pyfast_dpo.functional import Impl, use_kernels_for
+from pyfast_dpo.row_statistics import LinearStatistics, torch_row_statistics
 
 CHUNK_BYTES = 64 * 2**20
+
+
+class FusedLinearLoss(NamedTuple):
+    """Result of `fused_linear_loss`; only `loss` carries a gradient."""
+
+    loss: Tensor  # scalar, the sum of the shares that loss_fn returned
+    logps: Tensor  # [S]
+    outputs: tuple[Tensor, ...]  # [U] each, what loss_fn returned beside its share
+    statistics: LinearStatistics | None  # [R] each, with statistics=True
 
 
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     *,
+    rows: CompletionRows | None = None,
     bias: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
@@ -57,45 +67,36 @@ def linear_token_logps(
     Args:
         hidden: `[..., T, H]`, float64, float32, bfloat16 or float16.
         weight: `[V, H]`, in the dtype and on the device of hidden; bias: `[V]`.
-        labels: `[..., T]` int64 in [0, V) or `ignore_index`; shift: as in `token_logps`.
+        labels: `[..., T]` int64 in [0, V) or `ignore_index`; shift: as in `token_logps`; or
+        rows: which hidden states score which tokens; then nothing waits for the device, and `shift` and
+            `ignore_index` have no meaning.
         logit_scale, softcap: what the model does to its logits; softcap None: nothing.
         max_chunk_bytes: bound of the float32 logits that exist at a time.
         validate, impl: as in `token_logps`.
 
     Returns:
-        `[..., T]` float32 (float64 for float64 inputs); 0 where the label is ignored.
+        `[..., T]`, 0 where the label is ignored; with `rows` `[R]`. float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes, devices; sharded or quantized weights; a budget
         too small for one row of logits.
     """
-    name = "linear_token_logps"
-    head = _checked_head(name, hidden, weight, labels, bias, logit_scale, softcap)
-    if not use_kernels_for(name, impl, hidden):
-        return reference.seq_logp(_torch_logits(hidden, head), labels, ignore_index, shift, False)[
-            1
-        ]
-    hidden, head = _under_autocast(hidden, head)
-    _validate(name, labels, head, ignore_index, validate)
-    flat_labels = reference.shifted_labels(labels, ignore_index) if shift else labels
-    index = (flat_labels.flatten() != ignore_index).nonzero().squeeze(1)
-    scored = LinearLogps.apply(
-        hidden.reshape(-1, hidden.shape[-1])[index],
-        head.weight,
-        head.bias,
-        flat_labels.flatten()[index],
-        (head.logit_scale, head.softcap),
-        _rows_in_budget(name, max_chunk_bytes, head),
-    )
-    tokens = scored.new_zeros(labels.numel()).index_put((index,), scored)
+    scored, found = _scored_tokens(
+        "linear_token_logps", hidden, weight, labels, rows, bias, shift, ignore_index,
+        logit_scale, softcap, max_chunk_bytes, validate, impl,
+    )  # fmt: skip
+    if labels is None:
+        return scored
+    tokens = scored.new_zeros(labels.numel()).index_put((found.index,), scored)
     return tokens.view(labels.shape)
 
 
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     *,
+    rows: CompletionRows | None = None,
     bias: Tensor | None = None,
     average: bool = False,
     shift: bool = False,
@@ -108,45 +109,32 @@ def linear_sequence_logps(
 ) -> Tensor:
     """Log-probability of every sequence: the sum, or with `average` the mean, over its scored positions.
 
-    Args: as `linear_token_logps`, for hidden `[B, T, H]` and labels `[B, T]`.
+    Args: as `linear_token_logps`, for hidden `[B, T, H]` and labels `[B, T]`, or with `rows`.
 
     Returns:
-        `[B]` float32 (float64 for float64 inputs); 0 for a sequence without scored positions.
+        `[B]`, or `[S]` with rows, float32 (float64 for float64 inputs); 0 for a sequence without scored
+        positions.
     """
-    tokens = linear_token_logps(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        max_chunk_bytes=max_chunk_bytes,
-        validate=validate,
-        impl=impl,
-    )
-    sums = tokens.sum(-1, dtype=torch.float64)
-    if average:
-        targets = reference.shifted_labels(labels, ignore_index) if shift else labels
-        sums = sums / (targets != ignore_index).sum(-1).clamp(min=1)
-    return sums.to(tokens.dtype)
+    scored, found = _scored_tokens(
+        "linear_sequence_logps", hidden, weight, labels, rows, bias, shift, ignore_index,
+        logit_scale, softcap, max_chunk_bytes, validate, impl,
+    )  # fmt: skip
+    sums = sums_of_sequences(scored, found.counts, None, average)
+    return sums if labels is None else sums.view(labels.shape[:-1])
 
 
-def fused_linear_dpo_loss(
+def fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
+    loss_fn: LossFunction,
     *,
-    reference_logps: Tensor | None = None,
-    reference_hidden: Tensor | None = None,
-    reference_weight: Tensor | None = None,
-    reference_bias: Tensor | None = None,
+    group: int | None = 2,
+    rows: CompletionRows | None = None,
+    row_weights: Tensor | None = None,
+    average: bool = False,
+    statistics: bool = False,
     bias: Tensor | None = None,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    average: bool | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -154,324 +142,136 @@ def fused_linear_dpo_loss(
     max_chunk_bytes: int = CHUNK_BYTES,
     validate: bool | None = None,
     impl: Impl = "auto",
-) -> FusedPreferenceLoss:
-    """`fused_dpo_loss` from hidden states: P pairs stacked as rows 0..P-1 chosen, P..2P-1 rejected.
+) -> FusedLinearLoss:
+    """Any torch loss on sequence log-probs, for three matrix products (two with a frozen head).
+
+    A unit is what the loss couples: the sequences u, U + u, 2 U + u, ... of S = group * U stacked ones. The
+    loss is the sum of what `loss_fn` returns for its calls on consecutive units.
 
     Args:
-        hidden: `[2P, T, H]`; weight: `[V, H]`; labels: `[2P, T]`; bias: `[V]`; as in `linear_token_logps`.
-        reference_logps: `[2P]` log-probs of the reference model, summed or averaged as those of the policy;
-            or
-        reference_hidden: `[2P, T, H']`, its hidden states, with `reference_weight` `[V, H']` and
-            `reference_bias` (by default the policy's own weight and bias, detached).
-        beta, loss_type, label_smoothing, average: as in `fused_dpo_loss`.
+        hidden, weight, labels, rows, bias, shift, ...: as in `linear_token_logps`; labels None with `rows`.
+        loss_fn: `loss_fn(logps, units)`: log-probs `[group, n]` of the n units in the slice `units`, under
+            autograd. Returns their share of the loss, a scalar (so divide a mean by all U, not by n), or
+            (the scalar, a tuple of tensors `[n]` to keep). Gradients reach hidden, weight and bias only,
+            not other tensors of loss_fn. For an empty batch it is called once with n = 0.
+        group: 2 for pairs, 1 for unpaired sequences; None for a loss that couples the whole batch: one call
+            with log-probs `[S, 1]`. A unit beyond `max_chunk_bytes` is computed twice (a fourth product).
+        row_weights: `[R]` constants, in the order of the rows: a sequence's log-prob is then the weighted sum.
+        average: divide a sequence's sum by its number of scored rows.
+        statistics: fill `FusedLinearLoss.statistics`.
 
     Returns:
-        `FusedPreferenceLoss`. Double backward raises; use impl="torch" for it.
+        `FusedLinearLoss`. Double backward raises; use impl="torch" for it.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_logps`; a number of sequences that `group` does not divide.
     """
-    name = "fused_linear_dpo_loss"
-    check_pair_options(name, loss_type, beta, label_smoothing)
-    head = _checked_head(name, hidden, weight, labels, bias, logit_scale, softcap)
-    if hidden.dim() != 3 or hidden.shape[0] % 2:
-        raise ValueError(
-            f"{name}: hidden must have shape [2P, T, H], chosen rows first, then as many rejected rows, "
-            f"got {describe(hidden)}"
-        )
-    if average is None:
-        average = loss_type == "ipo"
-    options: dict[str, Any] = {
-        "average": average,
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "impl": impl,
-    }
-    head_options: dict[str, Any] = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "max_chunk_bytes": max_chunk_bytes,
-    }
-    reference_values = _reference_logps(
-        name, head, labels, reference_logps, reference_hidden, reference_weight, reference_bias,
-        {**options, **head_options, "validate": validate},
-    )  # fmt: skip
+    name = "fused_linear_loss"
+    head = checked_head(name, hidden, weight, bias, logit_scale, softcap)
+    check_labels_or_rows(name, hidden, labels, rows)
+    max_rows = rows_in_budget(name, max_chunk_bytes, head)
+    found = completion_rows(name, hidden, head, labels, rows, shift, ignore_index, validate)
+    check_row_weights(name, found, row_weights)
+    plan = Plan(found, _checked_group(name, group, len(found.lengths)), max_rows)
     if not use_kernels_for(name, impl, hidden):
-        return fused_dpo_loss(
-            _torch_logits(hidden, head),
-            labels,
-            reference_logps=reference_values,
-            beta=beta,
-            loss_type=loss_type,
-            label_smoothing=label_smoothing,
-            validate=validate,
-            **options,
-        )
-    pairs = hidden.shape[0] // 2
-
-    def unit_loss(logps: Tensor, first: int, last: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        chosen, rejected = logps[0::2], logps[1::2]
-        result = preference_loss(
-            chosen,
-            rejected,
-            None if reference_values is None else reference_values[first:last],
-            None if reference_values is None else reference_values[pairs + first : pairs + last],
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-        )
-        return result.losses.sum() / pairs, (
-            chosen, rejected, result.chosen_rewards, result.rejected_rewards, result.losses,
-        )  # fmt: skip
-
-    order = torch.arange(2 * pairs, device=labels.device).view(2, pairs).T.flatten()
-    loss, _, chosen, rejected, chosen_rewards, rejected_rewards, losses = _loss_of_units(
-        name, hidden, head, labels, order, 2, unit_loss, 5, average, shift, ignore_index, max_chunk_bytes, validate
-    )  # fmt: skip
-    return FusedPreferenceLoss(loss, chosen, rejected, chosen_rewards, rejected_rewards, losses)
-
-
-def fused_linear_ipo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, average: bool = True, **options: Any
-) -> FusedPreferenceLoss:
-    """`fused_linear_dpo_loss` with `loss_type="ipo"`, on length-averaged log-probs; the same options."""
-    return fused_linear_dpo_loss(
-        hidden, weight, labels, loss_type="ipo", average=average, **options
-    )
-
-
-def fused_linear_kto_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    is_desirable: Tensor,
-    *,
-    kl: Tensor | float,
-    reference_logps: Tensor | None = None,
-    reference_hidden: Tensor | None = None,
-    reference_weight: Tensor | None = None,
-    reference_bias: Tensor | None = None,
-    bias: Tensor | None = None,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    shift: bool = False,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    max_chunk_bytes: int = CHUNK_BYTES,
-    validate: bool | None = None,
-    impl: Impl = "auto",
-) -> FusedUnpairedLoss:
-    """`fused_kto_loss` from hidden states `[N, T, H]`; the other arguments as in `fused_linear_dpo_loss`."""
-    name = "fused_linear_kto_loss"
-    head = _checked_head(name, hidden, weight, labels, bias, logit_scale, softcap)
-    if hidden.dim() != 3:
-        raise ValueError(f"{name}: hidden must have shape [N, T, H], got {describe(hidden)}")
-    check_unpaired_options(
-        name, hidden.shape[0], hidden, is_desirable, kl, beta, desirable_weight, undesirable_weight
-    )
-    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "impl": impl}
-    head_options: dict[str, Any] = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "max_chunk_bytes": max_chunk_bytes,
-    }
-    reference_values = _reference_logps(
-        name, head, labels, reference_logps, reference_hidden, reference_weight, reference_bias,
-        {**options, **head_options, "average": False, "validate": validate},
-    )  # fmt: skip
-    loss_options: dict[str, Any] = {
-        "kl": kl,
-        "beta": beta,
-        "desirable_weight": desirable_weight,
-        "undesirable_weight": undesirable_weight,
-    }
-    if not use_kernels_for(name, impl, hidden):
-        return fused_kto_loss(
-            _torch_logits(hidden, head),
-            labels,
-            is_desirable,
-            reference_logps=reference_values,
-            validate=validate,
-            **loss_options,
-            **options,
-        )
-    count = hidden.shape[0]
-
-    def unit_loss(logps: Tensor, first: int, last: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        result = kto_loss(
-            logps,
-            is_desirable[first:last],
-            None if reference_values is None else reference_values[first:last],
-            **loss_options,
-        )
-        return result.losses.sum() / count, (result.rewards, result.losses)
-
-    loss, logps, rewards, losses = _loss_of_units(
-        name, hidden, head, labels, None, 1, unit_loss, 2, False, shift, ignore_index, max_chunk_bytes, validate
-    )  # fmt: skip
-    return FusedUnpairedLoss(loss, logps, rewards, losses)
-
-
-def _loss_of_units(
-    function: str,
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    order: Tensor | None,
-    sequences: int,
-    unit_loss: UnitLoss,
-    outputs: int,
-    average: bool,
-    shift: bool,
-    ignore_index: int,
-    max_chunk_bytes: int,
-    validate: bool | None,
-) -> tuple[Tensor, ...]:
-    """(loss, log-probs in unit order, the outputs of unit_loss); the last of them are the losses."""
-    hidden, head = _under_autocast(hidden, head)
-    max_rows = _rows_in_budget(function, max_chunk_bytes, head)
-    _validate(function, labels, head, ignore_index, validate)
-    targets = reference.shifted_labels(labels, ignore_index) if shift else labels
-    if order is None:
-        order = torch.arange(labels.shape[0], device=labels.device)
-    scored = targets[order] != ignore_index
-    sequence, position = scored.nonzero(as_tuple=True)
-    index = order[sequence] * labels.shape[1] + position
-    # On CUDA these two, the number of rows above and their division here, wait for the device.
-    units = Units(scored.sum(1).tolist(), sequences, average, max_rows)
-    if not units.lengths:
-        empty = hidden.new_zeros(0, dtype=reference.statistics_dtype(hidden.dtype))
-        return (hidden.sum() * 0).to(empty.dtype), *(empty for _ in range(outputs + 1))
-    loss, *columns = LinearLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1])[index],
+        return _torch_loss(hidden, head, plan, loss_fn, row_weights, average, statistics)
+    hidden, head = under_autocast(hidden, head)
+    if row_weights is not None:
+        row_weights = row_weights.to(reference.statistics_dtype(hidden.dtype))
+    loss, logps, *others = LinearLoss.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
         head.bias,
-        targets.flatten()[index],
         (head.logit_scale, head.softcap),
-        units,
-        unit_loss,
+        LossOptions(plan, row_weights, average, statistics, loss_fn),
     )
-    # The value as every other path computes it, so that equal losses have their own value as the mean.
-    return loss + (mean_of_losses(columns[-1]) - loss.detach()), *columns
+    if not statistics:
+        return FusedLinearLoss(loss, logps, tuple(others), None)
+    return FusedLinearLoss(loss, logps, tuple(others[4:]), LinearStatistics(*others[:4]))
 
 
-def _reference_logps(
-    function: str,
-    head: Head,
-    labels: Tensor,
-    logps: Tensor | None,
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor | None:
-    """The reference's log-probs `[rows]` from whichever of the two forms was given."""
-    if logps is not None and hidden is not None:
-        raise ValueError(f"{function}: pass reference_logps or reference_hidden, not both")
-    if hidden is not None:
-        check_tensor(function, "reference_hidden", hidden)
-    check_per_sequence(function, labels.shape[0], labels, reference_logps=logps)
-    check_constants(function, reference_logps=logps, reference_hidden=hidden)
-    if hidden is None:
-        return logps
-    if weight is None:
-        weight, bias = head.weight, head.bias
-    with torch.no_grad():
-        return linear_sequence_logps(hidden, weight, labels, bias=bias, **options)
+def _checked_group(function: str, group: int | None, sequences: int) -> int:
+    if group is None:
+        return max(sequences, 1)
+    check_number(function, "group", group)
+    if group < 1 or sequences % group:
+        raise ValueError(
+            f"{function}: group must be a number of sequences that divides all of them, {sequences}, "
+            f"got {group}"
+        )
+    return group
 
 
-def _checked_head(
+def _scored_tokens(
     function: str,
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
+    rows: CompletionRows | None,
     bias: Tensor | None,
+    shift: bool,
+    ignore_index: int,
     logit_scale: float,
     softcap: float | None,
-) -> Head:
-    for name, value in (("hidden", hidden), ("weight", weight), ("labels", labels)):
-        check_tensor(function, name, value)
-    if type(weight).__name__ == "DTensor":
-        raise TypeError(
-            f"{function}: weight is a sharded DTensor; pass weight.full_tensor(), or compute the loss inside "
-            "the lm_head's own forward, where FSDP has gathered it"
-        )
-    if hidden.dtype not in LOGITS_DTYPES:
-        raise TypeError(
-            f"{function}: hidden must be float64, float32, bfloat16 or float16, got {describe(hidden)}"
-        )
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"{function}: weight must be floating point; dequantize a quantized lm_head first, "
-            f"got {describe(weight)}"
-        )
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for name, value in parameters.items():
-        check_tensor(function, name, value)
-        if value.dtype != hidden.dtype and not autocast:
-            raise TypeError(
-                f"{function}: {name} must have the dtype of hidden, {hidden.dtype}, got {describe(value)}"
-            )
-        check_same_device(function, "hidden", hidden, name, value)
-    if (
-        hidden.dim() < 2
-        or weight.dim() != 2
-        or weight.shape[1] != hidden.shape[-1]
-        or 0 in weight.shape
-    ):
-        raise ValueError(
-            f"{function}: hidden must have shape [..., T, H] and weight [V, H] with V, H >= 1, "
-            f"got {describe(hidden)} and {describe(weight)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{function}: bias must have shape [{weight.shape[0]}], got {describe(bias)}"
-        )
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{function}: labels must be int64, got {describe(labels)}")
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{function}: labels must have shape {list(hidden.shape[:-1])}, got {describe(labels)}"
-        )
-    check_same_device(function, "hidden", hidden, "labels", labels)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{function}: softcap must be positive and finite or None, got {softcap}")
-    if not 0 < logit_scale < float("inf"):
-        raise ValueError(f"{function}: logit_scale must be positive and finite, got {logit_scale}")
-    return Head(weight, bias, float(logit_scale), None if softcap is None else float(softcap))
+    max_chunk_bytes: int,
+    validate: bool | None,
+    impl: Impl,
+) -> tuple[Tensor, CompletionRows]:
+    head = checked_head(function, hidden, weight, bias, logit_scale, softcap)
+    check_labels_or_rows(function, hidden, labels, rows)
+    max_rows = rows_in_budget(function, max_chunk_bytes, head)
+    found = completion_rows(function, hidden, head, labels, rows, shift, ignore_index, validate)
+    if not use_kernels_for(function, impl, hidden):
+        return _torch_tokens(_torch_logits(hidden, head, found), found), found
+    hidden, head = under_autocast(hidden, head)
+    tokens = LinearLogps.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head.weight,
+        head.bias,
+        (head.logit_scale, head.softcap),
+        Plan(found, 1, max_rows),
+    )
+    return tokens, found
 
 
-def _under_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """What autocast would do to a linear layer's inputs; the gradients come back in their own dtypes."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, head
-    dtype = torch.get_autocast_dtype(device)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), head._replace(weight=head.weight.to(dtype), bias=bias)
+# --- impl="torch": the whole matrix of the scored rows, differentiable to any order -------------------
 
 
-def _validate(
-    function: str, labels: Tensor, head: Head, ignore_index: int, validate: bool | None
-) -> None:
-    if validate or (validate is None and labels.device.type == "cpu"):
-        check_labels_in_range(function, labels, head.weight.shape[0], ignore_index)
+def _torch_loss(
+    hidden: Tensor,
+    head: Head,
+    plan: Plan,
+    loss_fn: LossFunction,
+    row_weights: Tensor | None,
+    average: bool,
+    statistics: bool,
+) -> FusedLinearLoss:
+    logits = _torch_logits(hidden, head, plan.rows)
+    weights = None if row_weights is None else row_weights.to(logits.dtype)
+    logps = sums_of_sequences(
+        _torch_tokens(logits, plan.rows), plan.rows.counts, weights, average
+    ).view(plan.group, -1)
+    returned = loss_fn(logps, slice(0, plan.units()))
+    loss, outputs = returned if isinstance(returned, tuple) else (returned, ())
+    return FusedLinearLoss(
+        loss.to(logits.dtype),
+        logps.detach().flatten(),
+        tuple(output.detach() for output in outputs),
+        torch_row_statistics(logits, plan.rows.targets) if statistics else None,
+    )
 
 
-def _rows_in_budget(function: str, max_chunk_bytes: int, head: Head) -> int:
-    row = head.weight.shape[0] * (8 if head.weight.dtype == torch.float64 else 4)
-    if max_chunk_bytes < row:
-        raise ValueError(
-            f"{function}: max_chunk_bytes must hold one row of logits, {row} bytes, got {max_chunk_bytes}"
-        )
-    return max_chunk_bytes // row
-
-
-def _torch_logits(hidden: Tensor, head: Head) -> Tensor:
-    """The whole matrix, differentiable to any order: impl="torch"."""
+def _torch_logits(hidden: Tensor, head: Head, rows: CompletionRows) -> Tensor:
     wide = reference.statistics_dtype(hidden.dtype)
+    states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.index)
     logits = torch.nn.functional.linear(
-        hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide)
+        states.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide)
     )
     logits = logits * head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _torch_tokens(logits: Tensor, rows: CompletionRows) -> Tensor:
+    none = torch.iinfo(torch.int64).min  # no label is ignored here
+    tokens = reference.seq_logp(logits.unsqueeze(0), rows.targets.unsqueeze(0), none, False, False)
+    return tokens[1][0]

@@ -10,8 +10,8 @@ from _helpers import assert_rule, bits, name_of, statistics_dtype
 from torch import Tensor
 
 import pyfast_dpo
-from pyfast_dpo import _ops
-from pyfast_dpo.linear import (
+from pyfast_dpo import (
+    _ops,
     fused_linear_dpo_loss,
     fused_linear_ipo_loss,
     fused_linear_kto_loss,

@@ -77,6 +77,21 @@ struct SeqLogpBackwardParams {
   int64_t grad_row_stride;
 };
 
+// What a trainer reports of a row's distribution p = softmax(z). A row with NaN or +inf, or with
+// nothing but -inf, has none: NaN, and no hit.
+struct RowStatisticsParams {
+  const void* logits;      // [R, V], contiguous
+  DType dtype;             // kFloat32 or kFloat64
+  int64_t rows;            // R
+  int64_t vocab;           // V
+  const int64_t* targets;  // [R]; outside [0, V): no hit
+  // [R] each, in the dtype of the logits
+  void* entropy;           // log sum exp z - sum p z
+  void* mean_logits;       // sum z / V
+  bool* is_top1;           // no logit is larger than the target's; a tie is a hit
+  void* log_sum_sq_probs;  // log sum p^2
+};
+
 // The lm_head on the CPU: R rows of hidden states, all matrices contiguous, float32 sums.
 struct HeadParams {
   DType dtype;  // of rows and weight: kFloat32, kBFloat16 or kFloat16

@@ -14,6 +14,8 @@ using ForwardRow = void (*)(const SeqLogpParams&, int64_t row, int64_t target);
 using BackwardRow = void (*)(const SeqLogpBackwardParams&, int64_t row, int64_t target,
                              double coefficient);
 
+using StatisticsOfRow = void (*)(const RowStatisticsParams&, int64_t row);
+
 // The three matrix products of the lm_head (gemm-inl.h), a task at a time, and the sizes that the
 // caller needs to cut tasks and to allocate their workspace.
 struct Gemm {
@@ -31,9 +33,10 @@ struct Gemm {
 };
 
 struct Kernels {
-  const char* name;         // "generic", "avx2", "avx512", "avx512_bf16"
-  ForwardRow forward[4];    // by DType
-  BackwardRow backward[4];  // by DType
+  const char* name;               // "generic", "avx2", "avx512", "avx512_bf16"
+  ForwardRow forward[4];          // by DType
+  BackwardRow backward[4];        // by DType
+  StatisticsOfRow statistics[2];  // by DType: float64, float32
   Gemm gemm;
 };
 
@@ -50,6 +53,8 @@ template <class T>
 void scalar_forward_row(const SeqLogpParams& params, int64_t row, int64_t target);
 void scalar_backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
                          double coefficient);
+
+void scalar_statistics_of_row(const RowStatisticsParams& params, int64_t row);  // float64
 
 // What this CPU and operating system offer: one of those names.
 const char* best_capability();

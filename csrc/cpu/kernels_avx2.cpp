@@ -16,6 +16,8 @@ namespace avx2 {
 #include "cpu/kernels-inl.h"
 //
 #include "cpu/gemm-inl.h"
+//
+#include "cpu/statistics-inl.h"
 }  // namespace avx2
 }  // namespace
 
@@ -25,6 +27,7 @@ const Kernels kAvx2Kernels = {
      avx2::forward_row<Float16>},
     {scalar_backward_row, avx2::backward_row<float>, avx2::backward_row<BFloat16>,
      avx2::backward_row<Float16>},
+    {scalar_statistics_of_row, avx2::statistics_of_row},
     avx2::gemm<avx2::Singles>(),
 };
 

@@ -17,6 +17,8 @@ namespace avx512_bf16 {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/statistics-inl.h"
+//
 #include "cpu/gemm_bf16-inl.h"
 }  // namespace avx512_bf16
 }  // namespace
@@ -27,6 +29,7 @@ const Kernels kAvx512Bf16Kernels = {
      avx512_bf16::forward_row<BFloat16>, avx512_bf16::forward_row<Float16>},
     {scalar_backward_row, avx512_bf16::backward_row<float>, avx512_bf16::backward_row<BFloat16>,
      avx512_bf16::backward_row<Float16>},
+    {scalar_statistics_of_row, avx512_bf16::statistics_of_row},
     avx512_bf16::gemm<avx512_bf16::Pairs>(),
 };
 

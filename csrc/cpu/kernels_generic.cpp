@@ -11,6 +11,8 @@ namespace generic {
 #include "cpu/kernels-inl.h"
 //
 #include "cpu/gemm-inl.h"
+//
+#include "cpu/statistics-inl.h"
 }  // namespace generic
 }  // namespace
 
@@ -20,6 +22,7 @@ const Kernels kGenericKernels = {
      generic::forward_row<Float16>},
     {scalar_backward_row, generic::backward_row<float>, generic::backward_row<BFloat16>,
      generic::backward_row<Float16>},
+    {scalar_statistics_of_row, generic::statistics_of_row},
     generic::gemm<generic::Singles>(),
 };
 

@@ -20,6 +20,11 @@ static inline const T* row_pointer(const void* base, const RowLabels& rows, int6
 void write_row_stats(const SeqLogpParams& params, int64_t row, double others_max, double peak,
                      double total, double target_logit);
 
+// Writes a row's statistics from its maximum and the sums of e = exp(z - peak), (z - peak) e, e^2,
+// z.
+void write_row_statistics(const RowStatisticsParams& params, int64_t row, double peak, double total,
+                          double moment, double squares, double logits);
+
 // What the backward pass needs of a row.
 struct RowGradient {
   double row_max;

@@ -101,6 +101,32 @@ void scalar_backward_row(const SeqLogpBackwardParams& params, int64_t row, int64
   });
 }
 
+void write_row_statistics(const RowStatisticsParams& params, int64_t row, double peak, double total,
+                          double moment, double squares, double logits) {
+  const double log_total = std::log(total), entropy = log_total - moment / total;
+  const int64_t target = params.targets[row];
+  const bool valid = target >= 0 && target < params.vocab && entropy == entropy;
+  write_stat(params.entropy, params.dtype, row, entropy);
+  write_stat(params.mean_logits, params.dtype, row, logits / static_cast<double>(params.vocab));
+  write_stat(params.log_sum_sq_probs, params.dtype, row, std::log(squares) - 2 * log_total);
+  params.is_top1[row] =
+      valid && read_stat(params.logits, params.dtype, row * params.vocab + target) >= peak;
+}
+
+void scalar_statistics_of_row(const RowStatisticsParams& params, int64_t row) {
+  const double* z = static_cast<const double*>(params.logits) + row * params.vocab;
+  double peak = z[0], total = 0, moment = 0, squares = 0, logits = 0;
+  for (int64_t v = 1; v < params.vocab; ++v) peak = z[v] > peak ? z[v] : peak;
+  for (int64_t v = 0; v < params.vocab; ++v) {
+    const double distance = z[v] - peak, e = std::exp(distance);
+    total += e;
+    moment += e == 0 ? 0.0 : e * distance;  // 0 * -inf is 0 here
+    squares += e * e;
+    logits += z[v];
+  }
+  write_row_statistics(params, row, peak, total, moment, squares, logits);
+}
+
 int64_t first_invalid_row(const RowLabels& rows) {
   for (int64_t row = 0; row < rows.rows(); ++row) {
     if (target_of_row(rows, row) == kInvalidLabel) return row;

@@ -18,6 +18,7 @@ int runtime_version();               // CUDART_VERSION of the static runtime, 0 
 
 int seq_logp_forward(const SeqLogpParams& params, Stream stream);
 int seq_logp_backward(const SeqLogpBackwardParams& params, Stream stream);
+int row_statistics(const RowStatisticsParams& params, Stream stream);
 int pair_loss_forward(const PairLossParams& params, Stream stream);
 int pair_loss_backward(const PairLossParams& params, Stream stream);
 int unpaired_loss_forward(const UnpairedLossParams& params, Stream stream);

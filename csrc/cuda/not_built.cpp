@@ -10,6 +10,7 @@ int runtime_version() { return 0; }
 
 int seq_logp_forward(const SeqLogpParams&, Stream) { return kNotBuilt; }
 int seq_logp_backward(const SeqLogpBackwardParams&, Stream) { return kNotBuilt; }
+int row_statistics(const RowStatisticsParams&, Stream) { return kNotBuilt; }
 int pair_loss_forward(const PairLossParams&, Stream) { return kNotBuilt; }
 int pair_loss_backward(const PairLossParams&, Stream) { return kNotBuilt; }
 int unpaired_loss_forward(const UnpairedLossParams&, Stream) { return kNotBuilt; }

@@ -19,9 +19,8 @@ constexpr int64_t kSerialElements = 1 << 15;
 // shares of the rows would not be equal shares of the work. Who computes a row does not change its
 // result.
 template <class Work>
-void for_each_row(const RowLabels& rows, const Work& work) {
-  const int64_t count = rows.rows();
-  if (count * rows.vocab <= kSerialElements) {
+void for_each_row(int64_t count, int64_t vocab, const Work& work) {
+  if (count * vocab <= kSerialElements) {
     for (int64_t row = 0; row < count; ++row) work(row);
     return;
   }
@@ -97,7 +96,7 @@ void seq_logp_forward_cpu(const SeqLogpParams& params) {
   const cpu::ForwardRow forward = cpu_kernels().forward[static_cast<int>(params.dtype)];
   dispatch_dtype(params.dtype, [&](auto tag) {
     using Stat = typename StatOf<typename decltype(tag)::type>::type;
-    for_each_row(params.rows, [&](int64_t row) {
+    for_each_row(params.rows.rows(), params.rows.vocab, [&](int64_t row) {
       const int64_t target = target_of_row(params.rows, row);
       if (target >= 0) {
         forward(params, row, target);
@@ -114,7 +113,7 @@ void seq_logp_backward_cpu(const SeqLogpBackwardParams& params) {
   const cpu::BackwardRow backward = cpu_kernels().backward[static_cast<int>(params.dtype)];
   dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    for_each_row(params.rows, [&](int64_t row) {
+    for_each_row(params.rows.rows(), params.rows.vocab, [&](int64_t row) {
       const int64_t target = target_of_row(params.rows, row);
       if (target >= 0) {
         backward(params, row, target, coefficient_of_row<typename StatOf<T>::type>(params, row));
@@ -123,6 +122,11 @@ void seq_logp_backward_cpu(const SeqLogpBackwardParams& params) {
       }
     });
   });
+}
+
+void row_statistics_cpu(const RowStatisticsParams& params) {
+  const cpu::StatisticsOfRow work = cpu_kernels().statistics[static_cast<int>(params.dtype)];
+  for_each_row(params.rows, params.vocab, [&](int64_t row) { work(params, row); });
 }
 
 }  // namespace pyfast_dpo

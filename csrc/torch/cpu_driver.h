@@ -12,5 +12,6 @@ const cpu::Kernels& cpu_kernels();
 
 void seq_logp_forward_cpu(const SeqLogpParams& params);
 void seq_logp_backward_cpu(const SeqLogpBackwardParams& params);
+void row_statistics_cpu(const RowStatisticsParams& params);
 
 }  // namespace pyfast_dpo

@@ -27,6 +27,12 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "ignore_index, "
       "bool shift) -> ()");
 
+  // logits [R, V] float32 or float64, targets [R] int64 -> entropy [R], mean of the logits [R],
+  // is_top1 [R] bool, log of the sum of squared probabilities [R]; without gradient
+  m.def(
+      "row_statistics(Tensor logits, Tensor targets) -> (Tensor entropy, Tensor mean_logits, "
+      "Tensor is_top1, Tensor log_sum_sq_probs)");
+
   // The lm_head on the CPU, float32 sums whatever the inputs. R rows, H hidden.
   // rows [R, H], weight [V, H] -> [R, V] float32
   m.def("head_logits(Tensor rows, Tensor weight) -> Tensor");
