@@ -17,6 +17,7 @@ from tiny_models import make_model, make_pairs, make_tokenizer
 
 from pyfast_dpo.data import DataCollatorForPreference, prepare_pairs
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from pyfast_dpo.trainers.layout import Ways, prepare_reference
 from pyfast_dpo.trainers.scoring import score_responses
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k-hf"
@@ -25,10 +26,12 @@ LN2 = float(torch.tensor(math.log(2.0), dtype=torch.float32))
 DPO_METRICS = {
     "entropy", "num_tokens", "logits/chosen", "logits/rejected", "mean_token_accuracy", "rewards/chosen",
     "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "kl", "lengths/chosen", "lengths/rejected", "tokens_per_computed_token",
 }  # fmt: skip
 KTO_METRICS = {
     "kl", "entropy", "num_tokens", "logits/chosen", "logits/rejected", "rewards/chosen", "rewards/rejected",
-    "rewards/margins", "logps/chosen", "logps/rejected",
+    "rewards/margins", "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected",
+    "tokens_per_computed_token",
 }  # fmt: skip
 
 
@@ -123,7 +126,7 @@ def test_reference_is_without_dropout_even_if_the_policy_keeps_it(tmp_path, toke
     batch = trainer.data_collator(trainer.train_dataset.examples[:4])
     trainer.model.train()
     with trainer._reference() as reference:
-        first, second = (score_responses(reference, batch).logps for _ in range(2))
+        first, second = (score_responses(reference, batch) for _ in range(2))
     assert torch.equal(first, second)
     assert trainer.model.training
 
@@ -338,11 +341,12 @@ def test_lora_needs_no_second_model(tmp_path, tokenizer):
     assert trained and all("lora_" in name for name in trained)
     with trainer._reference() as reference:  # the base under the adapter, unchanged
         batch = trainer.data_collator(trainer.train_dataset.examples[:4])
-        ours = score_responses(reference, batch).logps
+        ours = score_responses(reference, batch)
     fresh = make_model()
+    prepare_reference(fresh, Ways(shared_prompt=True, own_logits=False))
     assert all(torch.equal(p, base[name]) for name, p in fresh.named_parameters())
     with torch.no_grad():
-        assert torch.equal(ours, score_responses(fresh, batch).logps)
+        assert torch.equal(ours, score_responses(fresh, batch))
 
 
 def test_adapter_that_came_trained_is_its_own_reference(tmp_path, tokenizer):
@@ -483,13 +487,13 @@ def test_bad_arguments_of_the_trainer(tmp_path, tokenizer):
     with pytest.raises(TypeError, match="args must be a DPOConfig, got KTOConfig"):
         DPOTrainer(model, args=config(KTOConfig, tmp_path), processing_class=tokenizer)
     with pytest.raises(
-        TypeError, match=r"train_dataset must have a length and an order .* got generator"
+        TypeError, match=r"train_dataset must be readable more than once .* got generator"
     ):
         dpo_trainer(tmp_path, tokenizer, model, rows=(row for row in make_pairs()))
 
 
 def test_odd_number_of_stacked_rows(tmp_path, tokenizer):
-    trainer = dpo_trainer(tmp_path, tokenizer)
+    trainer = dpo_trainer(tmp_path, tokenizer, shared_prompt=False)
     batch = trainer.data_collator(trainer.train_dataset.examples[:2])
     with pytest.raises(ValueError, match="as many rejected rows, got 3 rows"):
         trainer.compute_loss(trainer.model, {name: rows[:3] for name, rows in batch.items()})

@@ -42,7 +42,8 @@ class SharedPromptLayout:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-class SharedPromptRow(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SharedPromptRow:
     """Sequences packed into a row, and where their scored tokens are."""
 
     layout: SharedPromptLayout

@@ -97,7 +97,12 @@ def shared_prompt_attention(
     ]
     blocks = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
-    attend = {"scaling": scaling, "dropout": dropout, "window": sliding_window, "softcap": softcap}
+    attend: dict[str, Any] = {
+        "scaling": scaling,
+        "dropout": dropout,
+        "window": sliding_window,
+        "softcap": softcap,
+    }
     for group in shared_prompt_layout.groups:
         q, k, v = next(blocks)
         outputs.append(_causal(q, k, v, **attend))
@@ -145,6 +150,7 @@ def _causal(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scale
     scores = softcap * torch.tanh(scores / softcap)
+    assert mask is not None
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
     weights = F.dropout(weights.to(query.dtype), dropout, dropout > 0)
     return weights @ value.repeat_interleave(repeats, 1)

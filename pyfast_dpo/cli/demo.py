@@ -11,7 +11,7 @@ from pyfast_dpo.cli.console import friendly_errors, quiet_transformers
 from pyfast_dpo.cli.models import SMOLLM2, resolve_model
 from pyfast_dpo.cli.options import positive_float, positive_int
 from pyfast_dpo.cli.train import add_table, finish, lora_config, training_options
-from pyfast_dpo.data import DataCollatorForPreference, load_rows, prepare_pairs
+from pyfast_dpo.data import PreparedDataset, load_rows, prepare_pairs
 from pyfast_dpo.data.demo_pairs import HELDOUT_FILE, TRAIN_FILE, follows_preference
 
 QUESTION = "Is a bat a bird?"
@@ -45,12 +45,12 @@ def run(options: argparse.Namespace) -> int:
         trainer, tokenizer = _build(options)
         rows = load_rows(HELDOUT_FILE)[: options.heldout]
         heldout = prepare_pairs(rows, tokenizer, name="held-out")
+        assert isinstance(heldout, PreparedDataset)  # rows have a length
     from pyfast_dpo.diagnostics.heldout import pair_logps, preference_accuracy
 
     print(heldout.report)
     table = add_table(trainer)
     collator = trainer.data_collator
-    assert isinstance(collator, DataCollatorForPreference)
     questions = [QUESTION, *(row["prompt"][0]["content"] for row in rows[:QUESTIONS_ASKED])]
 
     print("\nbefore training: held-out pairs and answers ...")

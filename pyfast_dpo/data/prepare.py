@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -158,7 +158,7 @@ def _prepared(
     name: str,
     columns: tuple[str, ...],
 ) -> PreparedDataset | StreamedDataset:
-    if not hasattr(rows, "__len__"):
+    if not isinstance(rows, Sized):
         return StreamedDataset(rows, examples, name)
     first = next(iter(rows), None)
     if isinstance(first, Mapping) and "chosen" in first and "completion" not in first:
@@ -196,7 +196,7 @@ def _tokenized_pair(
 
 def _numbered(rows: Iterable[Row], report: DataReport) -> Iterator[tuple[int, Row]]:
     tqdm = require("tqdm", "the progress bar").tqdm
-    count = len(rows) if hasattr(rows, "__len__") else 0
+    count = len(rows) if isinstance(rows, Sized) else 0
     bar = tqdm(rows, desc=f"tokenizing {report.name}", disable=count < SHOW_PROGRESS_FROM)
     for number, row in enumerate(bar, start=report.total + 1):
         report.total = number

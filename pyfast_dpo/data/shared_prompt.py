@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pyfast_dpo.attention.layout import SharedPromptRow, pack_row
+from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.data.collators import Example, mismatched_completions
 
 Batch = dict[str, Any]
@@ -21,10 +22,10 @@ class SharedPromptCollatorForPreference:
     """Packs P pairs into one row; pairs of one batch with the same prompt share it too.
 
     Returns (from a call with a list of P examples `{"prompt_ids", "chosen_ids", "rejected_ids"}`):
-        `sequence_tokens`: int64 `[P]`, tokens of the two sequences of a pair, prompts counted in both.
+        `sequence_tokens`: int64 `[P]`, tokens of the two sequences of an example, prompts counted in both.
         `input_ids`, `position_ids`: int64 `[1, T]`; `shared_prompt_layout`: for the attention function.
-        `index`, `targets`: int64 `[R]`, `counts`: int64 `[2P]`, `lengths`: the same as a tuple: where the
-        scored tokens of the 2P sequences are, chosen ones first (`pyfast_dpo.CompletionRows`).
+        `completion_rows`: a `pyfast_dpo.CompletionRows`, where the scored tokens of the 2P sequences are,
+        chosen ones first.
         `ref_chosen_logps`, `ref_rejected_logps`: float32 `[P]`, if the examples have them.
 
     Example:
@@ -33,7 +34,8 @@ class SharedPromptCollatorForPreference:
         ... ])
         >>> batch["input_ids"], batch["position_ids"]
         (tensor([[1, 2, 3, 4, 5, 6]]), tensor([[0, 1, 2, 3, 4, 3]]))
-        >>> batch["index"], batch["targets"], batch["lengths"]  # the prompt's end scores 4 and 6
+        >>> rows = batch["completion_rows"]
+        >>> rows.index, rows.targets, rows.lengths  # the prompt's end scores 4 and 6
         (tensor([2, 3, 2]), tensor([4, 5, 6]), (2, 1))
     """
 
@@ -49,7 +51,7 @@ class SharedPromptCollatorForPreference:
         return {
             "sequence_tokens": torch.tensor(tokens),
             **_row(row),
-            **_scored(row, 0, len(row.lengths)),
+            "completion_rows": _scored(row, 0, len(row.lengths)),
             **_reference(examples),
         }
 
@@ -62,9 +64,8 @@ class SharedPromptCollatorForUnpairedPreference:
         max_length: cuts the mismatched completions, which were cut to it under other prompts.
 
     Returns (from a call with a list of N examples of `prepare_unpaired`): as
-        `SharedPromptCollatorForPreference` for N sequences; `KL_index`, `KL_targets`, `KL_counts`, `KL_lengths`
-        for the N mismatched ones, in the same row; `label`, bool `[N]`; `ref_logps`, `ref_KL_logps`, if the
-        examples have them.
+        `SharedPromptCollatorForPreference` for N sequences; `KL_completion_rows` for the N mismatched ones, in
+        the same row; `label`, bool `[N]`; `ref_logps`, `ref_KL_logps`, if the examples have them.
     """
 
     max_length: int | None = None
@@ -72,16 +73,18 @@ class SharedPromptCollatorForUnpairedPreference:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         prompts = [example["prompt_ids"] for example in examples]
         completions = [example["completion_ids"] for example in examples]
-        row = pack_row(
-            prompts + prompts, completions + mismatched_completions(examples, self.max_length)
-        )
-        tokens = [len(e["prompt_ids"]) + len(e["completion_ids"]) for e in examples]
+        mismatched = mismatched_completions(examples, self.max_length)
+        row = pack_row(prompts + prompts, completions + mismatched)
+        tokens = [
+            2 * len(prompt) + len(completion) + len(other)
+            for prompt, completion, other in zip(prompts, completions, mismatched, strict=True)
+        ]
         count = len(examples)
         return {
             "sequence_tokens": torch.tensor(tokens),
             **_row(row),
-            **_scored(row, 0, count),
-            **{f"KL_{name}": v for name, v in _scored(row, count, 2 * count).items()},
+            "completion_rows": _scored(row, 0, count),
+            "KL_completion_rows": _scored(row, count, 2 * count),
             "label": torch.tensor([example["label"] for example in examples], dtype=torch.bool),
             **_reference(examples),
         }
@@ -95,16 +98,12 @@ def _row(row: SharedPromptRow) -> Batch:
     }
 
 
-def _scored(row: SharedPromptRow, first: int, last: int) -> Batch:
+def _scored(row: SharedPromptRow, first: int, last: int) -> CompletionRows:
     """The scored tokens of the sequences [first, last)."""
     start, lengths = sum(row.lengths[:first]), row.lengths[first:last]
     stop = start + sum(lengths)
-    return {
-        "index": row.index[start:stop],
-        "targets": row.targets[start:stop],
-        "counts": torch.tensor(lengths, dtype=torch.int64),
-        "lengths": lengths,
-    }
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    return CompletionRows(row.index[start:stop], row.targets[start:stop], counts, lengths)
 
 
 def _reference(examples: Sequence[Example]) -> Batch:

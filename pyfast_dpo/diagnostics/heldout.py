@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyfast_dpo.data import DataCollatorForPreference, PreparedDataset
+from pyfast_dpo.data import PreparedDataset
+from pyfast_dpo.trainers.layout import Collator
 from pyfast_dpo.trainers.scoring import score_responses
 
 
@@ -13,7 +14,7 @@ from pyfast_dpo.trainers.scoring import score_responses
 def pair_logps(
     model: nn.Module,
     pairs: PreparedDataset,
-    collator: DataCollatorForPreference,
+    collator: Collator,
     batch_size: int = 8,
 ) -> Tensor:
     """Summed log-probs `[N, 2]` of the chosen and the rejected response of every pair, on the CPU."""
@@ -23,8 +24,10 @@ def pair_logps(
     logps = []
     for start in range(0, len(pairs), batch_size):
         batch = collator(pairs.examples[start : start + batch_size])
-        scores = score_responses(model, {name: rows.to(device) for name, rows in batch.items()})
-        logps.append(torch.stack(scores.logps.chunk(2), dim=1).cpu())
+        scores = score_responses(
+            model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        )
+        logps.append(torch.stack(scores.chunk(2), dim=1).cpu())
     model.train(was_training)
     return torch.cat(logps)
 

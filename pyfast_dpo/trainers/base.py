@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,13 +21,21 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from pyfast_dpo.data import DataReport, PreparedDataset
-from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
+from pyfast_dpo.trainers.callbacks import LikelihoodDisplacement, SyncReferenceModel
 from pyfast_dpo.trainers.config import PreferenceConfig
+from pyfast_dpo.trainers.layout import EXAMPLES, Collator, choose_ways, prepare_reference
 from pyfast_dpo.trainers.metrics import MetricAverages
+from pyfast_dpo.trainers.reference import (
+    as_reference,
+    computed_once,
+    reference_key,
+    with_reference,
+)
+from pyfast_dpo.trainers.sampling import TokenBudgetBatches
+from pyfast_dpo.trainers.scoring import model_inputs, token_counts
 
-Rows = Sequence[Mapping[str, Any]]  # or a datasets.Dataset, which is one in all but name
-REFERENCE_ADAPTER = "reference"
+Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a stream of rows
 
 
 class PreferenceTrainer(Trainer):
@@ -34,6 +43,7 @@ class PreferenceTrainer(Trainer):
 
     config_class: ClassVar[type[PreferenceConfig]]
     signature_columns: ClassVar[tuple[str, ...]]
+    reference_columns: ClassVar[tuple[str, ...]]
     args: PreferenceConfig
 
     def __init__(
@@ -41,13 +51,14 @@ class PreferenceTrainer(Trainer):
         model: str | PreTrainedModel | nn.Module,
         ref_model: PreTrainedModel | nn.Module | None = None,
         args: PreferenceConfig | None = None,
-        data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
+        data_collator: Collator | None = None,
         train_dataset: Rows | PreparedDataset | None = None,
         eval_dataset: Rows | PreparedDataset | dict[str, Rows | PreparedDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
         name = type(self).__name__
@@ -57,12 +68,30 @@ class PreferenceTrainer(Trainer):
             raise TypeError(
                 f"{name}: args must be a {self.config_class.__name__}, got {type(args).__name__}"
             )
-        if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs)
-        if ref_model is model:
+        needs_reference = self._needs_reference(args)
+        if ref_model is not None and not needs_reference:
+            raise ValueError(
+                f"{name}: ref_model is given, but loss_type {cast(Any, args).loss_type!r} has no reference"
+            )
+        if ref_model is not None and ref_model is model:
             raise ValueError(
                 f"{name}: ref_model must not be the model itself, which changes as it is trained; "
                 "leave it out and the trainer makes the reference"
+            )
+        if quantization_config is not None and not isinstance(model, str):
+            raise ValueError(
+                f"{name}: quantization_config is for a model given by name, got {type(model).__name__}"
+            )
+        if isinstance(model, str):
+            init = dict(args.model_init_kwargs or {})
+            if quantization_config is not None:
+                init["quantization_config"] = quantization_config
+            model = load_model(model, init)
+        embeddings: Any = getattr(model, "get_output_embeddings", None)
+        if embeddings is None or embeddings() is None:
+            raise ValueError(
+                f"{name}: model must be a causal language model of transformers with an lm_head, "
+                f"got {type(model).__name__}"
             )
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(cast(Any, model).config._name_or_path)
@@ -70,20 +99,31 @@ class PreferenceTrainer(Trainer):
 
         # Before the adapter draws its weights, so that a run is the same each time.
         set_seed(args.seed)
-        model, ref_model, self._reference_adapter = _with_reference(
-            model, ref_model, peft_config, args.disable_dropout
+        model, ref_model, self._reference_adapter = with_reference(
+            model,
+            ref_model,
+            peft_config,
+            dropout=not args.disable_dropout,
+            copied=needs_reference and not args.precompute_ref_log_probs,
         )
+        if args.sync_ref_model and ref_model is None:
+            raise ValueError(
+                f"{name}: sync_ref_model needs a reference model of its own, which an adapter does not have"
+            )
         self.data_reports: dict[str, DataReport] = {}  # by name of the dataset
         self._averages = {"train": MetricAverages(), "eval": MetricAverages()}
-        self._train_tokens = 0
         self._tokens_since_log: list[Tensor] = []
+        self._log_time: float | None = None
 
+        train_dataset = self._prepared(train_dataset, args, "train")
+        eval_dataset = self._prepared(eval_dataset, args, "eval")
+        shared, padded = self._collators(args, processing_class)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self._default_collator(args, processing_class),
-            train_dataset=self._prepared(train_dataset, args, "train"),
-            eval_dataset=self._prepared(eval_dataset, args, "eval"),
+            data_collator=data_collator or padded,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -91,43 +131,82 @@ class PreferenceTrainer(Trainer):
         )
         # The loss is the mean of a micro-batch, so the Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.ref_model = (
-            None
-            if ref_model is None
-            else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        ways = choose_ways(
+            name,
+            self._policy,
+            _first_examples(train_dataset, eval_dataset),
+            shared,
+            padded,
+            try_shared_prompt=args.shared_prompt and data_collator is None,
+            context=self.compute_loss_context_manager,
         )
+        if ways.shared_prompt:
+            self.data_collator = shared
+        self.ref_model = None
+        if ref_model is not None:
+            prepare_reference(ref_model, ways)
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        if needs_reference and args.precompute_ref_log_probs:
+            self._precompute_reference(train_dataset, "train")
+            for key, dataset in _named(eval_dataset, "eval").items():
+                self._precompute_reference(dataset, key)
+            self.ref_model = None
+        if args.sync_ref_model:
+            self.add_callback(
+                SyncReferenceModel(
+                    self._policy,
+                    self.accelerator.unwrap_model(self.ref_model),
+                    args.ref_model_mixup_alpha,
+                    args.ref_model_sync_steps,
+                )
+            )
+        self.add_callback(LikelihoodDisplacement(args.beta))
 
     # What a loss defines ------------------------------------------------------------------------------
 
-    def _prepare_rows(self, rows: Rows, args: PreferenceConfig, name: str) -> PreparedDataset:
+    @staticmethod
+    def _needs_reference(args: Any) -> bool:
         raise NotImplementedError
 
-    def _default_collator(
-        self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    def _prepare_rows(self, rows: Rows, args: Any, name: str) -> PreparedDataset | StreamedDataset:
+        raise NotImplementedError
+
+    def _collators(
+        self, args: Any, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Collator, Collator]:
+        """(for shared prompts, padded)"""
         raise NotImplementedError
 
     def _loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], metrics: MetricAverages
+        self, model: nn.Module, inputs: dict[str, Any], metrics: MetricAverages
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """(loss, (policy log-probs, reference log-probs), labels); adds to the metrics."""
+        raise NotImplementedError
+
+    def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
+        """What the reference says of a batch, `[examples, columns]` in the order of `reference_columns`."""
         raise NotImplementedError
 
     # Data ---------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
-        if dataset is None or isinstance(dataset, PreparedDataset | str):
+        if dataset is None or isinstance(dataset, PreparedDataset | StreamedDataset | str):
             return dataset
         if isinstance(dataset, Mapping):
             return {key: self._prepared(value, args, key) for key, value in dataset.items()}
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        if isinstance(dataset, Iterator):
             raise TypeError(
-                f"{type(self).__name__}: {name}_dataset must have a length and an order (a list of "
-                f"dicts, a datasets.Dataset), got {type(dataset).__name__}"
+                f"{type(self).__name__}: {name}_dataset must be readable more than once (a list of dicts, a "
+                f"datasets.Dataset or IterableDataset), got {type(dataset).__name__}"
+            )
+        if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"{type(self).__name__}: {name}_dataset must hold rows (a list of dicts, a "
+                f"datasets.Dataset or IterableDataset), got {type(dataset).__name__}"
             )
         prepared = self._prepare_rows(dataset, args, name)
         self.data_reports[name] = prepared.report
-        if args.process_index == 0:
+        if args.process_index == 0 and isinstance(prepared, PreparedDataset):
             print(prepared.report)
         return prepared
 
@@ -138,7 +217,30 @@ class PreferenceTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # The columns that the collator needs: the Trainer drops all others before it.
-        self._signature_columns = list(self.signature_columns)  # type: ignore[assignment]
+        self._signature_columns = [*self.signature_columns, *self.reference_columns]  # type: ignore[assignment]
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        budget = self.args.max_tokens_per_batch
+        if budget is None or not isinstance(dataset, PreparedDataset):
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        training = kwargs.get("is_training", False)
+        batches = TokenBudgetBatches(
+            dataset.tokens(),
+            budget,
+            shuffle=training and self.args.train_sampling_strategy != "sequential",
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            multiple_of=self.args.world_size,
+        )
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     # Reference ----------------------------------------------------------------------------------------
 
@@ -149,40 +251,75 @@ class PreferenceTrainer(Trainer):
             if self.ref_model is not None:
                 yield self.ref_model
                 return
-            model = self._policy
-            unwrapped = self.accelerator.unwrap_model(model)
-            was_training = model.training
-            model.eval()
-            try:
-                with (
-                    unwrapped.disable_adapter()
-                    if self._reference_adapter is None
-                    else _adapter_in_use(unwrapped, self._reference_adapter)
-                ):
-                    yield model
-            finally:
-                model.train(was_training)
+            unwrapped = self.accelerator.unwrap_model(self._policy)
+            with as_reference(self._policy, unwrapped, self._reference_adapter) as model:
+                yield model
+
+    def _precompute_reference(self, dataset: Any, name: str) -> None:
+        """Adds the reference's log-probs to the examples, from the cache as far as they are there."""
+        if dataset is None:
+            return
+        if not isinstance(dataset, PreparedDataset):
+            raise ValueError(
+                f"{type(self).__name__}: precompute_ref_log_probs needs a dataset with a length, and the "
+                f"{name} dataset is a stream"
+            )
+        columns = self.reference_columns
+
+        def compute(examples: list[dict[str, Any]]) -> Tensor:
+            inputs = self._prepare_inputs(self.data_collator(examples))
+            with self.compute_loss_context_manager():
+                return self._reference_values(inputs)
+
+        source = self.ref_model if self.ref_model is not None else self._policy
+        table = computed_once(
+            reference_key(
+                self.accelerator.unwrap_model(source),
+                dataset.examples,
+                f"{columns} {self.args.bf16} {self.args.fp16}",
+            ),
+            dataset.examples,
+            columns,
+            self.args.precompute_ref_batch_size or self.args.eval_batch_size,
+            compute,
+            name=name,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+        values = torch.from_numpy(table).nan_to_num(0.0).to(self.args.device)
+        values = self.accelerator.reduce(values, "sum").cpu()
+        for example, row in zip(dataset.examples, values.tolist(), strict=True):
+            example.update(zip(columns, row, strict=True))
 
     # Loss ---------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
         """Mean loss of the micro-batch; with `return_outputs` also the log-probs and labels behind it."""
         mode = "train" if self._policy.training else "eval"
-        loss, *outputs = self._loss(model, inputs, self._averages[mode])
+        metrics = self._averages[mode]
+        loss, *outputs = self._loss(model, inputs, metrics)
+        tokens, computed = token_counts(inputs)
+        metrics.add("tokens_per_computed_token", tokens, computed)
         if mode == "train":
-            self._tokens_since_log.append(inputs["attention_mask"].sum())
+            self._tokens_since_log.append(tokens)
         return (loss, outputs) if return_outputs else loss
+
+    def _project(
+        self, model: nn.Module, inputs: dict[str, Any], project: Callable[..., Any]
+    ) -> Any:
+        """What `project` makes of the model's projection of a batch (`trainers/scoring.py`)."""
+        return model(**model_inputs(inputs), project=project)
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
@@ -219,12 +356,29 @@ class PreferenceTrainer(Trainer):
         metrics = self._averages[mode].pop(lambda totals: self.accelerator.reduce(totals, "sum"))
         if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        if self._tokens_since_log:
-            tokens = torch.stack(self._tokens_since_log).sum()
-            self._train_tokens += int(self.accelerator.reduce(tokens, "sum"))
+        tokens = torch.stack(self._tokens_since_log).sum() if self._tokens_since_log else None
+        new = 0 if tokens is None else int(self.accelerator.reduce(tokens, "sum"))
+        logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        metrics["num_tokens"] = new + (logged[-1] if logged else 0)
+        if mode == "train":
+            now = time.perf_counter()
+            if self._log_time is not None:
+                metrics["tokens_per_second"] = new / (now - self._log_time)
+            self._log_time = now
             self._tokens_since_log.clear()
-        metrics["num_tokens"] = self._train_tokens
         return metrics
+
+
+def _named(dataset: Any, name: str) -> dict[str, Any]:
+    return dict(dataset) if isinstance(dataset, Mapping) else {name: dataset}
+
+
+def _first_examples(train: Any, evaluation: Any) -> list[dict[str, Any]]:
+    """For the check of the layout."""
+    for dataset in (train, *_named(evaluation, "eval").values()):
+        if isinstance(dataset, PreparedDataset | StreamedDataset):
+            return list(islice(cast(Any, dataset), EXAMPLES))
+    return []
 
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -232,68 +386,6 @@ def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     return AutoModelForCausalLM.from_pretrained(
         name, **{"dtype": torch.float32, **(init_kwargs or {})}
     )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: of `nn.Dropout` modules and of attributes such as
-    `attention_dropout`, which attention functions read."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _with_reference(
-    model: nn.Module, ref_model: nn.Module | None, peft_config: Any, without_dropout: bool
-) -> tuple[nn.Module, nn.Module | None, str | None]:
-    """(policy, reference model or None, adapter that serves as the reference or None).
-
-    A new adapter's reference is the base model under it. An adapter that came with the model may be
-    trained, so its present state is kept as a second, frozen adapter. Everything else needs a second model.
-    """
-    reference_adapter = None
-    has_adapter = hasattr(model, "peft_config")
-    if peft_config is not None:
-        if has_adapter:
-            raise ValueError(
-                "peft_config: the model already has an adapter; merge it first (merge_and_unload()) "
-                "or leave peft_config out to train that adapter on"
-            )
-        model = require("peft", "peft_config").get_peft_model(model, peft_config)
-    elif has_adapter and ref_model is None:
-        reference_adapter = _copy_adapter(model)
-    if without_dropout:
-        disable_dropout(model)
-    if ref_model is None and not hasattr(model, "peft_config"):
-        ref_model = copy.deepcopy(model)
-    if ref_model is not None:
-        ref_model.requires_grad_(False).eval()
-    return model, ref_model, reference_adapter
-
-
-@contextlib.contextmanager
-def _adapter_in_use(model: Any, name: str) -> Iterator[None]:
-    active = model.active_adapter
-    model.set_adapter(name, inference_mode=True)
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
-
-
-def _copy_adapter(model: Any) -> str:
-    active = model.active_adapter
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
-    state = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in state.items():
-            if f".{REFERENCE_ADAPTER}." in name:
-                parameter.copy_(state[name.replace(f".{REFERENCE_ADAPTER}.", f".{active}.")])
-                parameter.requires_grad_(False)
-    model.set_adapter(active)
-    return REFERENCE_ADAPTER
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,10 +25,20 @@ class PreferenceConfig(TrainingArguments):
         beta: > 0, strength of the pull to the reference.
         max_length: the most tokens of prompt + response. Longer responses are cut, rows with longer
             prompts dropped and reported. None for no limit.
-        pad_to_multiple_of: round the padded length of a batch up to a multiple of this.
+        shared_prompt: compute each prompt of a batch once and no padding, where the model can take it.
+            False: one padded row a sequence.
+        max_tokens_per_batch: fill batches by this number of computed tokens (each prompt once) instead of
+            by `per_device_train_batch_size`; the loss is the mean over the examples of a batch, so fuller
+            batches give each of theirs less weight.
+        pad_to_multiple_of: round the padded length of a batch up to a multiple of this; for padded batches.
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: for `from_pretrained`, when the model is given by name (its default dtype is
             float32).
+        precompute_ref_log_probs: compute the reference's log-probs once, before training, and keep no
+            second model. They are cached by data and weights; a run that was stopped goes on where it was.
+        precompute_ref_batch_size: examples at a time, by default `per_device_eval_batch_size`.
+        sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every so many steps move the reference
+            towards the policy, reference = alpha policy + (1 - alpha) reference (TR-DPO).
     """
 
     learning_rate: float = 1e-6
@@ -38,9 +48,16 @@ class PreferenceConfig(TrainingArguments):
     logging_nan_inf_filter: bool = False
     beta: float = 0.1
     max_length: int | None = 1024
+    shared_prompt: bool = True
+    max_tokens_per_batch: int | None = None
     pad_to_multiple_of: int | None = None
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | None = None
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -50,9 +67,22 @@ class PreferenceConfig(TrainingArguments):
                 f"{name}: max_length must be None or at least 2 (a prompt and a response token), "
                 f"got {self.max_length}"
             )
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+        for option in ("pad_to_multiple_of", "max_tokens_per_batch", "precompute_ref_batch_size"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {option} must be None or positive, got {value}")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(
-                f"{name}: pad_to_multiple_of must be None or positive, got {self.pad_to_multiple_of}"
+                f"{name}: ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
+            )
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(
+                f"{name}: ref_model_sync_steps must be positive, got {self.ref_model_sync_steps}"
+            )
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                f"{name}: sync_ref_model changes the reference, which precompute_ref_log_probs computes "
+                "only once; choose one"
             )
         if self.bf16 is None:
             cuda = torch.cuda.is_available() and not self.use_cpu
@@ -62,6 +92,9 @@ class PreferenceConfig(TrainingArguments):
             self.gradient_checkpointing = checkpointing
         elif self.activation_checkpointing is None:
             self.activation_checkpointing = checkpointing
+        if self.accelerator_config is None:
+            # Rows of shared prompts cannot be cut among processes, so each collates its own batches.
+            self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
 
 
@@ -70,20 +103,32 @@ class DPOConfig(PreferenceConfig):
     """Options of `DPOTrainer`.
 
     Args:
-        loss_type: "sigmoid" (DPO) or "ipo", which takes log-probs averaged over the tokens.
-        label_smoothing: in [0, 0.5), the assumed share of flipped preferences; for "sigmoid" only.
-        Others: as in `PreferenceConfig` and `transformers.TrainingArguments`.
+        loss_type: a name, or a list of names, of the pair losses of `pyfast_dpo.preference_loss`. "ipo" and
+            the other losses of averages take log-probs averaged over the tokens.
+        loss_weights: one weight for each name of a list; by default 1 each.
+        label_smoothing: in [0, 0.5), the assumed share of flipped preferences.
+        Others: as in `PreferenceConfig`, `pyfast_dpo.preference_loss` and `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option out of its range, or two that do not go together.
     """
 
-    loss_type: str = "sigmoid"
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
     label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    ld_alpha: float | None = None
+    use_weighting: bool = False
 
     def __post_init__(self) -> None:
         check_pair_options("DPOConfig", self.loss_type, self.beta, self.label_smoothing)
         super().__post_init__()
+
+    @property
+    def loss_types(self) -> list[str]:
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
 
 @dataclass
@@ -91,7 +136,7 @@ class KTOConfig(PreferenceConfig):
     """Options of `KTOTrainer`.
 
     Args:
-        loss_type: "kto".
+        loss_type: a name of the unpaired losses of `pyfast_dpo.kto_loss`.
         desirable_weight, undesirable_weight: >= 0, the weights of the two classes.
         Others: as in `PreferenceConfig` and `transformers.TrainingArguments`.
 

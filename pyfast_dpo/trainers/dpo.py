@@ -1,97 +1,138 @@
-"""DPO and IPO."""
+"""DPO and the other losses on pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pyfast_dpo.data import DataCollatorForPreference, PreparedDataset, prepare_pairs
-from pyfast_dpo.functional import mean_of_losses, preference_loss
+from pyfast_dpo.data import (
+    DataCollatorForPreference,
+    PreparedDataset,
+    SharedPromptCollatorForPreference,
+    StreamedDataset,
+    prepare_pairs,
+)
+from pyfast_dpo.functional import preference_loss
 from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
-from pyfast_dpo.trainers.config import DPOConfig, PreferenceConfig
+from pyfast_dpo.trainers.config import DPOConfig
+from pyfast_dpo.trainers.layout import Collator
 from pyfast_dpo.trainers.metrics import MetricAverages
-from pyfast_dpo.trainers.scoring import score_responses
+from pyfast_dpo.trainers.scoring import completion_rows, sums
 
 
 class DPOTrainer(PreferenceTrainer):
-    """Trains a causal language model on pairs with the DPO or the IPO loss.
+    """Trains a causal language model on pairs.
 
     Args:
         model: a model, or a name or path for `from_pretrained`.
         ref_model: the reference; without it, the model as it is now: the base under a LoRA adapter
-            (no second copy), else a frozen copy.
+            (no second copy), else a frozen copy, or none for losses without a reference.
         args: a `DPOConfig`.
-        data_collator: default `DataCollatorForPreference`.
-        train_dataset, eval_dataset: rows with `prompt`, `chosen`, `rejected` (see `pyfast_dpo.data.rows`)
-            or a prepared dataset; rows that cannot be used are reported and left out.
+        data_collator: by default each prompt once and no padding (`SharedPromptCollatorForPreference`), or,
+            for models that cannot take it, `DataCollatorForPreference`. One of your own makes padded batches.
+        train_dataset, eval_dataset: rows with `prompt`, `chosen`, `rejected` (see `pyfast_dpo.data.rows`):
+            a list, a `datasets.Dataset`, a stream, or a prepared dataset; rows that cannot be used are
+            reported and left out.
         processing_class: the tokenizer; by default that of the model.
         compute_metrics: receives `predictions = (policy, reference)`, the summed log-probs `[N, 2]` of
             chosen and rejected responses, and `label_ids`, their numbers of tokens `[N, 2]`.
         callbacks, optimizers: as in `transformers.Trainer`.
+        quantization_config: for a model given by name.
         peft_config: makes the model a PEFT model, such as `peft.LoraConfig(...)`.
 
     Metrics: `rewards/chosen`, `rewards/rejected` (beta * (policy - reference), of summed log-probs),
     `rewards/accuracies`, `rewards/margins`, `logps/chosen`, `logps/rejected` (sums over the response),
     `logits/chosen`, `logits/rejected`, `entropy`, `mean_token_accuracy` (means over the response tokens,
-    the last over chosen ones), `num_tokens` (seen in training); in evaluation with the prefix `eval_`.
+    the last over chosen ones), `kl` (estimate of KL(policy || reference) a token, from the responses of the
+    data: the mean of e^d - d - 1 with d = (reference - policy) / tokens), `lengths/chosen`,
+    `lengths/rejected`, `num_tokens` (seen in training), `tokens_per_second`, `tokens_per_computed_token`
+    (below 1: padding; above 1: prompts shared); in evaluation with the prefix `eval_`.
     """
 
     config_class = DPOConfig
     signature_columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
     args: DPOConfig
 
-    def _prepare_rows(self, rows: Rows, args: PreferenceConfig, name: str) -> PreparedDataset:
+    @staticmethod
+    def _needs_reference(args: DPOConfig) -> bool:
+        return True
+
+    def _prepare_rows(
+        self, rows: Rows, args: DPOConfig, name: str
+    ) -> PreparedDataset | StreamedDataset:
         return prepare_pairs(rows, self.processing_class, max_length=args.max_length, name=name)
 
-    def _default_collator(
-        self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-        return DataCollatorForPreference(pad_token(tokenizer), args.pad_to_multiple_of)
+    def _collators(
+        self, args: DPOConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Collator, Collator]:
+        padded = DataCollatorForPreference(pad_token(tokenizer), args.pad_to_multiple_of)
+        return SharedPromptCollatorForPreference(), padded
+
+    def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
+        if "ref_chosen_logps" in inputs:
+            return torch.stack([inputs[name] for name in self.reference_columns], dim=1)
+        rows = completion_rows(inputs)
+        with self._reference() as model:
+            logps = self._project(model, inputs, lambda p: p.sequence_logps(rows))
+        return torch.stack(logps.chunk(2), dim=1)
 
     def _loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], metrics: MetricAverages
+        self, model: nn.Module, inputs: dict[str, Any], metrics: MetricAverages
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        rows = inputs["labels"].shape[0]
-        if rows % 2:
+        rows = completion_rows(inputs)
+        if len(rows.lengths) % 2:
             raise ValueError(
                 "DPOTrainer: a batch must hold the chosen rows and then as many rejected rows, "
-                f"got {rows} rows"
+                f"got {len(rows.lengths)} rows"
             )
-        with self._reference() as reference_model:
-            reference = score_responses(reference_model, inputs)
-        policy = score_responses(model, inputs, statistics=True)
-
+        pairs = len(rows.lengths) // 2
+        reference = self._reference_values(inputs)
+        lengths = torch.stack(rows.counts.chunk(2), dim=1)
         average = self.args.loss_type == "ipo"
-        policy_logps = policy.logps / policy.lengths if average else policy.logps
-        reference_logps = reference.logps / policy.lengths if average else reference.logps
-        losses = preference_loss(
-            *policy_logps.chunk(2),
-            *reference_logps.chunk(2),
-            loss_type=self.args.loss_type,
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
-        ).losses
 
-        assert policy.statistics is not None
-        logps = policy.logps.detach()
-        rewards = self.args.beta * (logps - reference.logps)
-        chosen, rejected = rewards.chunk(2)
-        metrics.add("rewards/accuracies", (chosen > rejected).sum(), rows // 2)
-        for side, of in (("chosen", slice(None, rows // 2)), ("rejected", slice(rows // 2, None))):
-            tokens = policy.lengths[of].sum()
-            metrics.add(f"rewards/{side}", rewards[of].sum(), rows // 2)
-            metrics.add(f"logps/{side}", logps[of].sum(), rows // 2)
-            metrics.add(f"logits/{side}", policy.statistics.mean_logits[of].sum(), tokens)
-            if side == "chosen":
-                metrics.add("mean_token_accuracy", policy.statistics.top1_hits[of].sum(), tokens)
-        metrics.add("entropy", policy.statistics.entropy.sum(), policy.lengths.sum())
+        def pair_losses(logps: Tensor, units: slice) -> Tensor:
+            divisors = lengths[units].clamp(min=1).T if average else 1
+            losses = preference_loss(
+                *(logps / divisors),
+                *(reference[units].T / divisors),
+                loss_type=self.args.loss_type,
+                beta=self.args.beta,
+                label_smoothing=self.args.label_smoothing,
+            ).losses
+            # In float64 the mean of equal losses is that loss, to the last bit.
+            return losses.sum(dtype=torch.float64) / pairs
 
-        def columns(stacked: Tensor) -> Tensor:
-            return torch.stack(stacked.chunk(2), dim=1)
+        result = self._project(model, inputs, lambda p: p.loss(rows, pair_losses, group=2))
+        logps = torch.stack(result.logps.chunk(2), dim=1)
+        self._add_metrics(metrics, rows, logps, reference, lengths, result.statistics)
+        return result.loss, (logps, reference), lengths
 
-        predictions = (columns(logps), columns(reference.logps))
-        return mean_of_losses(losses), predictions, columns(policy.lengths)
+    def _add_metrics(
+        self,
+        metrics: MetricAverages,
+        rows: Any,
+        logps: Tensor,
+        reference: Tensor,
+        lengths: Tensor,
+        statistics: Any,
+    ) -> None:
+        """From log-probs and lengths `[P, 2]` and statistics of the scored rows."""
+        pairs = logps.shape[0]
+        rewards = self.args.beta * (logps - reference)
+        metrics.add("rewards/accuracies", (rewards[:, 0] > rewards[:, 1]).sum(), pairs)
+        distance = (reference - logps) / lengths.clamp(min=1)
+        metrics.add("kl", (distance.expm1() - distance).sum(), 2 * pairs)
+        mean_logits = torch.stack(sums(statistics.mean_logits, rows).chunk(2), dim=1)
+        for column, side in enumerate(("chosen", "rejected")):
+            tokens = lengths[:, column].sum()
+            metrics.add(f"rewards/{side}", rewards[:, column].sum(), pairs)
+            metrics.add(f"logps/{side}", logps[:, column].sum(), pairs)
+            metrics.add(f"logits/{side}", mean_logits[:, column].sum(), tokens)
+            metrics.add(f"lengths/{side}", tokens, pairs)
+        hits = sums(statistics.is_top1, rows)[:pairs].sum()
+        metrics.add("mean_token_accuracy", hits, lengths[:, 0].sum())
+        metrics.add("entropy", statistics.entropy.sum(), lengths.sum())

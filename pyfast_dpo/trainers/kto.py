@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from pyfast_dpo.data import (
     DataCollatorForUnpairedPreference,
     PreparedDataset,
+    SharedPromptCollatorForUnpairedPreference,
+    StreamedDataset,
     prepare_unpaired,
 )
-from pyfast_dpo.functional import kto_kl, kto_loss, mean_of_losses
+from pyfast_dpo.functional import kto_kl, kto_loss
 from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
-from pyfast_dpo.trainers.config import KTOConfig, PreferenceConfig
+from pyfast_dpo.trainers.config import KTOConfig
+from pyfast_dpo.trainers.layout import Collator
 from pyfast_dpo.trainers.metrics import MetricAverages
-from pyfast_dpo.trainers.scoring import score_responses
+from pyfast_dpo.trainers.scoring import Projection, completion_rows, sums
 
 
 class KTOTrainer(PreferenceTrainer):
@@ -26,69 +28,123 @@ class KTOTrainer(PreferenceTrainer):
 
     Args: as `DPOTrainer`, but for
         args: a `KTOConfig`.
-        data_collator: default `DataCollatorForUnpairedPreference`.
+        data_collator: by default `SharedPromptCollatorForUnpairedPreference`, or, for models that cannot take
+            it, `DataCollatorForUnpairedPreference`.
         train_dataset, eval_dataset: rows with `prompt`, `completion`, `label`; pairs become two rows each.
         compute_metrics: receives `predictions = (policy, reference)`, summed log-probs `[N]`, and
             `label_ids`, bool `[N]`.
 
     The KL estimate of every batch comes from its prompts with completions of other prompts, fixed when the
-    data is prepared: any batch size will do, and shuffling too.
+    data is prepared: any batch size will do, and shuffling too. A prompt is computed once for both.
 
-    Metrics: `kl`, and `rewards/*`, `logps/*`, `logits/*`, `entropy`, `num_tokens` as in `DPOTrainer`, where
-    chosen are the desirable responses and rejected the undesirable ones.
+    Metrics: `kl` (that estimate), and `rewards/*`, `logps/*`, `logits/*`, `entropy`, `lengths/*`, `num_tokens`,
+    `tokens_per_second`, `tokens_per_computed_token` as in `DPOTrainer`, where chosen are the desirable
+    responses and rejected the undesirable ones.
     """
 
     config_class = KTOConfig
     signature_columns = ("prompt_ids", "completion_ids", "label", "KL_completion_ids")
+    reference_columns = ("ref_logps", "ref_KL_logps")
     args: KTOConfig
 
-    def _prepare_rows(self, rows: Rows, args: PreferenceConfig, name: str) -> PreparedDataset:
+    @staticmethod
+    def _needs_reference(args: KTOConfig) -> bool:
+        return True
+
+    def _prepare_rows(
+        self, rows: Rows, args: KTOConfig, name: str
+    ) -> PreparedDataset | StreamedDataset:
         return prepare_unpaired(rows, self.processing_class, max_length=args.max_length, name=name)
 
-    def _default_collator(
-        self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-        return DataCollatorForUnpairedPreference(
+    def _collators(
+        self, args: KTOConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Collator, Collator]:
+        padded = DataCollatorForUnpairedPreference(
             pad_token(tokenizer), args.max_length, args.pad_to_multiple_of
         )
+        return SharedPromptCollatorForUnpairedPreference(args.max_length), padded
+
+    def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
+        if "ref_logps" in inputs:
+            return torch.stack([inputs[name] for name in self.reference_columns], dim=1)
+        rows, kl_inputs, kl_rows = _mismatched(inputs)
+        with self._reference() as model:
+            if kl_inputs is None:
+                logps = self._project(
+                    model, inputs, lambda p: (p.sequence_logps(rows), p.sequence_logps(kl_rows))
+                )
+            else:
+                logps = (
+                    self._project(model, inputs, lambda p: p.sequence_logps(rows)),
+                    self._project(model, kl_inputs, lambda p: p.sequence_logps(kl_rows)),
+                )
+        return torch.stack(logps, dim=1)
 
     def _loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], metrics: MetricAverages
+        self, model: nn.Module, inputs: dict[str, Any], metrics: MetricAverages
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        kl_inputs = {
-            name.removeprefix("KL_"): rows
-            for name, rows in inputs.items()
-            if name.startswith("KL_")
-        }
-        with self._reference() as reference_model:
-            reference = score_responses(reference_model, inputs)
-            reference_kl = score_responses(reference_model, kl_inputs)
-        with torch.no_grad():
-            policy_kl = score_responses(model, kl_inputs)
-        policy = score_responses(model, inputs, statistics=True)
-
-        gather = self.accelerator.gather
-        kl = kto_kl(gather(policy_kl.logps), gather(reference_kl.logps))
+        rows, kl_inputs, kl_rows = _mismatched(inputs)
         desirable = inputs["label"]
-        losses = kto_loss(
-            policy.logps,
-            desirable,
-            reference.logps,
-            kl=kl,
-            beta=self.args.beta,
-            desirable_weight=self.args.desirable_weight,
-            undesirable_weight=self.args.undesirable_weight,
-        ).losses
+        reference, reference_kl = self._reference_values(inputs).unbind(1)
 
-        logps = policy.logps.detach()
-        rewards = self.args.beta * (logps - reference.logps)
-        assert policy.statistics is not None
+        def kl_of(projection: Projection) -> Tensor:
+            with torch.no_grad():
+                policy_kl = projection.sequence_logps(kl_rows)
+            gather = self.accelerator.gather
+            return kto_kl(gather(policy_kl), gather(reference_kl))
+
+        def project(projection: Projection, kl: Tensor | None) -> Any:
+            kl = kl_of(projection) if kl is None else kl
+
+            def losses_of(logps: Tensor, units: slice) -> Tensor:
+                losses = kto_loss(
+                    logps[0],
+                    desirable[units],
+                    reference[units],
+                    kl=kl,
+                    beta=self.args.beta,
+                    desirable_weight=self.args.desirable_weight,
+                    undesirable_weight=self.args.undesirable_weight,
+                ).losses
+                return losses.sum(dtype=torch.float64) / len(desirable)
+
+            return kl, projection.loss(rows, losses_of, group=1)
+
+        kl = None
+        if kl_inputs is not None:
+            with torch.no_grad():
+                kl = self._project(model, kl_inputs, kl_of)
+        kl, result = self._project(model, inputs, lambda p: project(p, kl))
+        metrics.add("kl", kl, 1)
+        self._add_metrics(metrics, rows, result.logps, reference, desirable, result.statistics)
+        return result.loss, (result.logps, reference), desirable
+
+    def _add_metrics(
+        self,
+        metrics: MetricAverages,
+        rows: Any,
+        logps: Tensor,
+        reference: Tensor,
+        desirable: Tensor,
+        statistics: Any,
+    ) -> None:
+        rewards = self.args.beta * (logps - reference)
+        mean_logits = sums(statistics.mean_logits, rows)
         for side, mask in (("chosen", desirable), ("rejected", ~desirable)):
-            tokens = (policy.lengths * mask).sum()
+            tokens = (rows.counts * mask).sum()
             metrics.add(f"rewards/{side}", rewards.where(mask, 0.0).sum(), mask.sum())
             metrics.add(f"logps/{side}", logps.where(mask, 0.0).sum(), mask.sum())
-            mean_logits = policy.statistics.mean_logits.where(mask, 0.0)
-            metrics.add(f"logits/{side}", mean_logits.sum(), tokens)
-        metrics.add("kl", kl, 1)
-        metrics.add("entropy", policy.statistics.entropy.sum(), policy.lengths.sum())
-        return mean_of_losses(losses), (logps, reference.logps), desirable
+            metrics.add(f"logits/{side}", mean_logits.where(mask, 0.0).sum(), tokens)
+            metrics.add(f"lengths/{side}", tokens, mask.sum())
+        metrics.add("entropy", statistics.entropy.sum(), rows.counts.sum())
+
+
+def _mismatched(inputs: dict[str, Any]) -> tuple[Any, dict[str, Any] | None, Any]:
+    """(scored rows, the batch of the mismatched completions if it is one of its own, their scored rows)"""
+    rows = completion_rows(inputs)
+    if "KL_completion_rows" in inputs:
+        return rows, None, completion_rows(inputs, "KL_")
+    kl_inputs = {
+        name.removeprefix("KL_"): value for name, value in inputs.items() if name.startswith("KL_")
+    }
+    return rows, kl_inputs, completion_rows(kl_inputs)

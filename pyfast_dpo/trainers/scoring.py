@@ -1,75 +1,208 @@
-"""From a batch to the log-probs of its responses: the one place that knows how a batch is laid out."""
+"""From a batch to the log-probs of its responses: how batches are laid out, and where the logits come from.
+
+A model is called as `model(..., project=function)`: its body runs, and `function` gets a *projection*, which
+turns hidden states into log-probs and losses. So the head's weight is used inside the model's own call, where
+DDP and FSDP expect it, and a logits matrix never exists.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pyfast_dpo import _ops
+from pyfast_dpo._head import Head
+from pyfast_dpo._linear import LossFunction, sums_of_sequences
+from pyfast_dpo.attention import no_mask
+from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.data.collators import IGNORE_INDEX
-from pyfast_dpo.functional import sequence_logps
+from pyfast_dpo.functional import token_logps
+from pyfast_dpo.linear import FusedLinearLoss, fused_linear_loss, linear_token_logps
+from pyfast_dpo.row_statistics import torch_row_statistics
 
-ROWS_AT_A_TIME = 128  # of the vocabulary size each: bounds the extra memory of the statistics
-
-
-class Statistics(NamedTuple):
-    """Sums over the scored tokens of each sequence, `[rows]` float32."""
-
-    entropy: Tensor
-    mean_logits: Tensor  # of the mean over the vocabulary
-    top1_hits: Tensor  # tokens to which the model gives the largest logit
+Batch = Mapping[str, Any]
 
 
-class Scores(NamedTuple):
-    logps: Tensor  # [rows] float32, sums over the response tokens, with gradient if enabled
-    lengths: Tensor  # [rows] int64, number of response tokens, at least 1
-    statistics: Statistics | None
+class Projection(Protocol):
+    """What a model's call hands to `project`."""
+
+    def states(self, rows: CompletionRows) -> Tensor:
+        """What the model computed for the scored rows, `[R, ...]`: hidden states or logits."""
+
+    def sequence_logps(self, rows: CompletionRows, *, row_weights: Tensor | None = None) -> Tensor:
+        """`[S]` sums of the log-probs of the scored tokens, weighted by `row_weights` `[R]`."""
+
+    def loss(
+        self,
+        rows: CompletionRows,
+        loss_fn: LossFunction,
+        *,
+        group: int | None = 2,
+        row_weights: Tensor | None = None,
+    ) -> FusedLinearLoss:
+        """As `pyfast_dpo.fused_linear_loss`, with statistics."""
 
 
-def score_responses(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    *,
-    statistics: bool = False,
-) -> Scores:
-    """Log-probs of the responses of a padded batch.
+class LinearProjection:
+    """From hidden states `[..., H]` and the head, in chunks of the scored rows."""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        self._hidden, self._weight = hidden, head.weight
+        self._options: dict[str, Any] = {
+            "bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap,
+        }  # fmt: skip
+
+    def states(self, rows: CompletionRows) -> Tensor:
+        return self._hidden.flatten(0, -2)[rows.index]
+
+    def sequence_logps(self, rows: CompletionRows, *, row_weights: Tensor | None = None) -> Tensor:
+        tokens = linear_token_logps(self._hidden, self._weight, rows=rows, **self._options)
+        return sums_of_sequences(tokens, rows.counts, row_weights, average=False)
+
+    def loss(self, rows: CompletionRows, loss_fn: LossFunction, **options: Any) -> FusedLinearLoss:
+        return fused_linear_loss(
+            self._hidden,
+            self._weight,
+            None,
+            loss_fn,
+            rows=rows,
+            statistics=True,
+            **self._options,
+            **options,
+        )
+
+
+class LogitsProjection:
+    """From the logits `[..., V]` that the model itself has made, whatever its head does."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits.flatten(0, -2)
+
+    def states(self, rows: CompletionRows) -> Tensor:
+        return self._logits[rows.index]
+
+    def sequence_logps(self, rows: CompletionRows, *, row_weights: Tensor | None = None) -> Tensor:
+        tokens = token_logps(self.states(rows), rows.targets)
+        return sums_of_sequences(tokens, rows.counts, row_weights, average=False)
+
+    def loss(
+        self,
+        rows: CompletionRows,
+        loss_fn: LossFunction,
+        *,
+        group: int | None = 2,
+        row_weights: Tensor | None = None,
+    ) -> FusedLinearLoss:
+        logps = self.sequence_logps(rows, row_weights=row_weights)
+        stacked = logps.view(len(rows.lengths) if group is None else group, -1)
+        returned = loss_fn(stacked, slice(0, stacked.shape[1]))
+        loss, outputs = returned if isinstance(returned, tuple) else (returned, ())
+        statistics = torch_row_statistics(self.states(rows).float(), rows.targets)
+        return FusedLinearLoss(loss.to(logps.dtype), logps.detach(), outputs, statistics)
+
+
+# --- the model's call -------------------------------------------------------------------------------
+
+
+def take_projections(model: Any, *, own_logits: bool = False) -> None:
+    """Makes a causal language model of `transformers` understand the keyword `project` in its call.
 
     Args:
-        model: a causal language model of `transformers`.
-        batch: `input_ids`, `attention_mask`, `labels`, int64 `[rows, L]`; labels are -100 but on the response.
-        statistics: also what the metrics need of the logits.
+        own_logits: hand out a `LogitsProjection`, for heads that are more than a weight.
     """
-    input_ids, attention_mask, labels = (
-        batch[name] for name in ("input_ids", "attention_mask", "labels")
-    )
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    lengths = (labels[:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)
-    # Before the log-probs, whose backward pass overwrites the logits.
-    measured = _statistics(logits, labels) if statistics else None
-    logps = sequence_logps(
-        logits,
-        labels,
-        shift=True,
-        ignore_index=IGNORE_INDEX,
-        inplace_backward=_ops.has_kernels(logits.device.type),
-    )
-    return Scores(logps, lengths, measured)
+    forward = getattr(model, "_forward_without_projection", model.forward)
+    model._forward_without_projection = forward
+    make = _from_logits if own_logits else _from_hidden
+    model.forward = MethodType(partial(_forward, make), model)
 
 
-@torch.no_grad()
-def _statistics(logits: Tensor, labels: Tensor) -> Statistics:
-    targets = labels[:, 1:]
-    rows, positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    totals = torch.zeros(3, labels.shape[0], dtype=torch.float32, device=logits.device)
-    for row, position in zip(
-        rows.split(ROWS_AT_A_TIME), positions.split(ROWS_AT_A_TIME), strict=True
-    ):
-        z = logits[row, position].float()
-        hits = z.argmax(-1) == targets[row, position]
-        # entr(0) is 0, also where a logit is -inf
-        entropy = torch.special.entr(z.softmax(-1)).sum(-1)
-        totals.index_add_(1, row, torch.stack([entropy, z.mean(-1), hits.float()]))
-    return Statistics(*totals)
+def _forward(
+    make: Callable[..., Projection], model: Any, *args: Any, project: Any = None, **kwargs: Any
+) -> Any:
+    if project is None:
+        return model._forward_without_projection(*args, **kwargs)
+    return project(make(model, *args, **kwargs))
+
+
+def _from_hidden(model: Any, *args: Any, **kwargs: Any) -> Projection:
+    given = {name: value for name, value in kwargs.items() if value is not None}  # no labels=None
+    return LinearProjection(model.base_model(*args, **given)[0], head_of(model))
+
+
+def _from_logits(model: Any, *args: Any, **kwargs: Any) -> Projection:
+    return LogitsProjection(model._forward_without_projection(*args, **kwargs).logits)
+
+
+def head_of(model: Any) -> Head:
+    """The lm_head of a causal language model, and what the model does to its logits by its configuration.
+
+    Raises:
+        ValueError: no output embeddings, or something else than a plain linear layer.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise ValueError(
+            f"{type(model).__name__}: the lm_head must be a torch.nn.Linear, got {type(layer).__name__}"
+        )
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if type(weight).__name__ == "DTensor":  # sharded by itself, outside the root of FSDP
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model's body needs of a batch, in either layout."""
+    if "shared_prompt_layout" not in batch:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")} | {
+            "use_cache": False
+        }
+    names = ("input_ids", "position_ids", "shared_prompt_layout")
+    return {name: batch[name] for name in names} | {
+        "attention_mask": no_mask(batch["input_ids"].device),
+        "use_cache": False,
+    }
+
+
+def completion_rows(batch: Batch, prefix: str = "") -> CompletionRows:
+    """The scored tokens of a batch; those of a padded batch are found by its labels, which waits for the
+    device."""
+    rows = batch.get(prefix + "completion_rows")
+    if rows is not None:
+        return rows.to(
+            batch["input_ids"].device
+        )  # the Trainer moves tensors, but not what holds them
+    return CompletionRows.from_labels(batch["labels"], shift=True, ignore_index=IGNORE_INDEX)
+
+
+def token_counts(batch: Batch) -> tuple[Tensor, int]:
+    """(tokens of all sequences of a batch, a prompt counted in each and padding in none; those computed)"""
+    names = [name for name in ("input_ids", "KL_input_ids") if name in batch]
+    computed = sum(batch[name].numel() for name in names)
+    if "sequence_tokens" in batch:
+        return batch["sequence_tokens"].sum(), computed
+    masks = [batch[name.replace("input_ids", "attention_mask")] for name in names]
+    return torch.stack([mask.sum() for mask in masks]).sum(), computed
+
+
+def score_responses(model: nn.Module, batch: Batch) -> Tensor:
+    """`[S]` log-probs of the responses of a batch, for a model that takes projections."""
+    rows = completion_rows(batch)
+    return model(**model_inputs(batch), project=lambda projection: projection.sequence_logps(rows))
+
+
+def sums(values: Tensor, rows: CompletionRows) -> Tensor:
+    """`[R]` -> `[S]` float32: sums of what was measured over the rows of every sequence."""
+    return sums_of_sequences(values.float(), rows.counts, None, average=False)

@@ -1,0 +1,173 @@
+"""The reference in its forms: computed once and cached, following the policy, or refused where it makes no sense."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from test_trainers import LN2, config, dpo_trainer, lora, train_log
+from tiny_models import make_model, make_pairs, make_tokenizer
+
+from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from pyfast_dpo.trainers import reference as reference_module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pyfast_dpo" / "reference_logps"
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_precomputed_reference_trains_as_the_model_beside_it(tmp_path, tokenizer, adapter):
+    logs = []
+    for precompute in (False, True):
+        trainer = dpo_trainer(
+            tmp_path, tokenizer, make_model(), peft_config=lora() if adapter else None,
+            precompute_ref_log_probs=precompute, max_steps=6, learning_rate=1e-2,
+        )  # fmt: skip
+        if precompute:
+            assert trainer.ref_model is None
+        logs.append(train_log(trainer))
+    for beside, before in zip(*logs, strict=True):
+        assert before["loss"] == pytest.approx(beside["loss"], abs=1e-5)
+    assert logs[0][-1]["loss"] < LN2 - 0.01
+
+
+def test_precomputed_reference_for_kto_and_for_evaluation(tmp_path, tokenizer):
+    losses = []
+    for precompute in (False, True):
+        trainer = KTOTrainer(
+            make_model(), make_model(seed=1),
+            config(KTOConfig, tmp_path, precompute_ref_log_probs=precompute, max_steps=3),
+            train_dataset=make_pairs(), eval_dataset={"a": make_pairs(6), "b": make_pairs(4)},
+            processing_class=tokenizer,
+        )  # fmt: skip
+        losses.append([entry["loss"] for entry in train_log(trainer)])
+        losses[-1] += [trainer.evaluate()[f"eval_{name}_loss"] for name in ("a", "b")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[0][0] != pytest.approx(0.5, abs=1e-4)  # another reference than the model itself
+
+
+def test_cache_is_used_again_and_only_for_the_same_model_and_data(tmp_path, tokenizer, cache):
+    def run(model, rows):
+        dpo_trainer(
+            tmp_path, tokenizer, model, rows=rows, precompute_ref_log_probs=True, max_steps=1
+        )
+        return {path.name: path.stat().st_mtime_ns for path in cache.glob("*.npy")}
+
+    first = run(make_model(), make_pairs())  # of the train and of the eval dataset
+    assert len(first) == 2
+    assert run(make_model(), make_pairs()) == first
+    assert len(run(make_model(seed=1), make_pairs())) == 4
+    assert len(run(make_model(), make_pairs(15))) == 5
+
+
+def test_computing_the_reference_goes_on_where_it_was_stopped(cache):
+    examples = [{"prompt_ids": [i], "chosen_ids": [i + 1]} for i in range(7)]
+    calls = []
+
+    def compute(part):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append([example["prompt_ids"][0] for example in part])
+        return torch.tensor([[float(example["prompt_ids"][0])] for example in part])
+
+    def run():
+        return reference_module.computed_once(
+            "key", examples, ("ref_logps",), 3, compute, name="train"
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert calls == [[0, 1, 2], [3, 4, 5]]
+    calls.clear()
+    assert run()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert calls == [[6]]
+    (path,) = cache.glob("*.npy")
+    path.write_bytes(path.read_bytes()[:40])  # cut off while it was created: made anew
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert calls[0] == [0, 1, 2]
+
+
+def test_each_process_computes_its_own_share():
+    examples = [{"prompt_ids": [i]} for i in range(5)]
+    shares = [
+        reference_module.computed_once(
+            "share", examples, ("ref_logps",), 2,
+            lambda part: torch.tensor([[float(e["prompt_ids"][0])] for e in part]),
+            name="train", rank=rank, world=2,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert np.isnan(shares[0][1::2]).all() and np.isnan(shares[1][0::2]).all()
+    assert np.nansum(shares, axis=0)[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_reference_that_follows_the_policy(tmp_path, tokenizer):
+    trainer = dpo_trainer(
+        tmp_path, tokenizer, make_model(), sync_ref_model=True, ref_model_mixup_alpha=0.25,
+        ref_model_sync_steps=4, learning_rate=1e-2,
+    )  # fmt: skip
+    before = copy.deepcopy(trainer.ref_model.state_dict())
+    trainer.train()  # four steps
+    policy = trainer.model.state_dict()
+    for name, value in trainer.ref_model.state_dict().items():
+        torch.testing.assert_close(value, torch.lerp(before[name], policy[name], 0.25))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model changes the reference"),
+        ({"ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha must be in \(0, 1\]"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be positive"),
+        ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be None or positive"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be None or positive"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(DPOConfig, tmp_path, **options)
+
+
+def test_a_reference_that_cannot_be(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="sync_ref_model needs a reference model of its own"):
+        dpo_trainer(tmp_path, tokenizer, peft_config=lora(), sync_ref_model=True)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs needs a dataset with a length"):
+        dpo_trainer(tmp_path, tokenizer, rows=_Stream(make_pairs()), precompute_ref_log_probs=True)
+    peft = pytest.importorskip("peft")
+    with pytest.raises(
+        ValueError, match="PromptTuningConfig puts virtual tokens before the prompt"
+    ):
+        dpo_trainer(
+            tmp_path, tokenizer,
+            peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="model must be a causal language model"):
+        DPOTrainer(
+            torch.nn.Linear(2, 2), args=config(DPOConfig, tmp_path), processing_class=tokenizer
+        )
+
+
+class _Stream:
+    """Rows that can be read again but have no length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
