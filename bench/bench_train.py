@@ -3,7 +3,7 @@
     python bench/bench_train.py [--case NAME ...] [--rounds 2] [--steps 4] [--data ../shared/data]
 
 Each process loads the model, prepares the data and takes a few steps, the same rows in the same order. A step
-is timed from its first micro-batch to the end of the optimizer's; the first step of a process warms up and does
+is timed from its first micro-batch to the end of the optimizer's; the first two steps of a process touch new memory and do
 not count. Memory is the peak of the whole process, Python and libraries included.
 """
 
@@ -40,12 +40,13 @@ class Case(NamedTuple):
 
 CASES = {
     "float32": Case("HH pairs, all weights, float32", "hh_helpful_base_test.chat.jsonl", "DPO", {}, False, 5, 1 / 3),
+    "no_checkpointing": Case("the same without gradient checkpointing", "hh_helpful_base_test.chat.jsonl", "DPO", {"gradient_checkpointing": False}, False, 5, 1 / 3),
     "lora": Case("HH pairs, LoRA, float32", "hh_helpful_base_test.chat.jsonl", "DPO", {}, True, 5, 1 / 4),
     "bfloat16": Case("HH pairs, all weights, bfloat16 autocast", "hh_helpful_base_test.chat.jsonl", "DPO", {"bf16": True}, False, 5, None),
     "short_prompts": Case("QA pairs, 5 a short prompt, float32", "fgrlhf_qa_pairs.jsonl", "DPO", {}, False, 2, None),
     "kto": Case("QA responses, KTO, float32", "fgrlhf_qa_kto.jsonl", "KTO", {}, False, 3, None),
 }  # fmt: skip
-BATCH, MAX_LENGTH = 4, 512
+BATCH, MAX_LENGTH, WARMUP = 4, 512, 2
 
 
 # --- one process ------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def measure(name: str, options: argparse.Namespace, progress: Progress) -> dict[
         for who in order:
             progress.next(f"{name}: {who}, round {round_number + 1}/{options.rounds}")
             runs[who].append(run(who, name, options))
-    steps = {who: [s for r in results for s in r["seconds"][1:]] for who, results in runs.items()}
+    steps = {who: [s for r in results for s in r["seconds"][WARMUP:]] for who, results in runs.items()}
     memory = {who: [r["peak_memory"] for r in results] for who, results in runs.items()}
     ours, trl = runs[OURS][0], runs[TRL][0]
     return {
@@ -242,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="of each process, the first not counted")
+    parser.add_argument("--steps", type=int, default=6, help="of each process, the first two not counted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", default="smollm2")
