@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SharedPromptLayout:
-    """What attention must know of a row: its groups, in order. Numbers on the host, no tensors.
+    """What attention must know of a row: its groups, in order; numbers on the host.
 
     Every response sees its prompt and itself, causally; nothing else. With `positions`, where every
     response counts on from the end of its prompt, a model computes for each token what it would compute
@@ -28,6 +28,7 @@ class SharedPromptLayout:
     """
 
     groups: tuple[Group, ...]
+    _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -40,6 +41,30 @@ class SharedPromptLayout:
             parts.append(torch.arange(group.prompt))
             parts += [torch.arange(group.prompt, group.prompt + n) for n in group.responses]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    def mask(
+        self,
+        queries: int,
+        keys: int,
+        window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """`[queries, keys]`: 0 where a query sees a key, else -inf; the queries are the last of the keys.
+
+        Every layer asks for those of the same few blocks, in the forward pass and again when it is
+        recomputed, so they are kept as long as the batch.
+        """
+        key = (queries, keys, window, dtype, device)
+        if key not in self._masks:
+            place = torch.arange(keys, device=device)
+            ahead = place - place[keys - queries :].unsqueeze(1)
+            hidden = ahead > 0
+            if window is not None:
+                hidden |= ahead <= -window
+            zeros = torch.zeros(queries, keys, dtype=dtype, device=device)
+            self._masks[key] = zeros.masked_fill(hidden, -torch.inf)
+        return self._masks[key]
 
 
 @dataclass(frozen=True, eq=False)

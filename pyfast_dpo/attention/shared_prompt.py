@@ -98,6 +98,7 @@ def shared_prompt_attention(
     blocks = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     attend: dict[str, Any] = {
+        "layout": shared_prompt_layout,
         "scaling": scaling,
         "dropout": dropout,
         "window": sliding_window,
@@ -119,6 +120,7 @@ def _causal(
     key: Tensor,
     value: Tensor,
     *,
+    layout: SharedPromptLayout,
     scaling: float | None,
     dropout: float,
     window: int | None,
@@ -128,12 +130,7 @@ def _causal(
     queries, keys = query.shape[2], key.shape[2]
     mask = None
     if queries != keys or softcap is not None or (window is not None and window < keys):
-        ahead = torch.arange(keys, device=query.device) - torch.arange(
-            keys - queries, keys, device=query.device
-        ).unsqueeze(1)
-        mask = ahead <= 0
-        if window is not None:
-            mask &= ahead > -window
+        mask = layout.mask(queries, keys, window, query.dtype, query.device)
     repeats = query.shape[1] // key.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(
@@ -151,7 +148,7 @@ def _causal(
     scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scale
     scores = softcap * torch.tanh(scores / softcap)
     assert mask is not None
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    weights = (scores + mask).softmax(-1, dtype=torch.float32)
     weights = F.dropout(weights.to(query.dtype), dropout, dropout > 0)
     return weights @ value.repeat_interleave(repeats, 1)
 
