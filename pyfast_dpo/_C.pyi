@@ -14,9 +14,18 @@ def pair_loss(
     policy_rejected: NDArray[Any],
     reference_chosen: NDArray[Any] | None,
     reference_rejected: NDArray[Any] | None,
+    chosen_lengths: NDArray[Any] | None,
+    rejected_lengths: NDArray[Any] | None,
+    margins: NDArray[Any] | None,
+    shift: NDArray[Any] | None,
     loss: str,
     beta: float,
     label_smoothing: float,
+    discopop_tau: float,
+    margin: float,
+    divergence: str,
+    divergence_alpha: float,
+    average_first: bool,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]: ...
 def unpaired_loss(
     policy: NDArray[Any],

@@ -6,8 +6,10 @@ from pyfast_dpo.functional import (
     kto_kl,
     kto_loss,
     preference_loss,
+    reward_loss,
     sequence_logps,
     token_logps,
+    unpaired_loss,
 )
 from pyfast_dpo.fused import fused_dpo_loss, fused_ipo_loss, fused_kto_loss
 from pyfast_dpo.linear import (
@@ -43,6 +45,8 @@ __all__ = [
     "linear_sequence_logps",
     "linear_token_logps",
     "preference_loss",
+    "reward_loss",
     "sequence_logps",
     "token_logps",
+    "unpaired_loss",
 ]

@@ -97,6 +97,12 @@ def check_number(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}: {name} must be a number, got {describe(value)}")
 
 
+def check_finite(function: str, name: str, value: float) -> None:
+    check_number(function, name, value)
+    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
+        raise ValueError(f"{function}: {name} must be finite, got {value}")
+
+
 def check_beta(function: str, beta: float) -> None:
     check_number(function, "beta", beta)
     if not (0 < beta < float("inf")):
@@ -140,9 +146,7 @@ def check_unpaired_options(
             f"{function}: is_desirable must be on {like.device}, got {describe(is_desirable)}"
         )
     if not isinstance(kl, Tensor):
-        check_number(function, "kl", kl)
-        if not math.isfinite(kl):
-            raise ValueError(f"{function}: kl must be finite, got {kl}")
+        check_finite(function, "kl", kl)
     elif kl.numel() != 1:
         raise ValueError(f"{function}: kl must be one number, got {describe(kl)}")
     else:

@@ -14,9 +14,6 @@ from torch import Tensor
 from pyfast_dpo import _C
 from pyfast_dpo.reference import statistics_dtype
 
-PAIR_LOSS_NAMES: tuple[str, ...] = tuple(_C.pair_loss_names())
-UNPAIRED_LOSS_NAMES: tuple[str, ...] = tuple(_C.unpaired_loss_names())
-
 if not _C.cpu_capability():
     raise ImportError(
         "pyfast_dpo: PYFAST_DPO_CPU_CAPABILITY must be one of "
@@ -129,17 +126,20 @@ def _loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _pair_loss_backward(ctx: Any, grad_losses: Tensor | None, *_: None):
+    rest = (None,) * (ctx.tensor_count + len(ctx.options) - 2)
     if grad_losses is None:
-        return (None,) * 7
-    grads = _namespace.pair_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None
+        return None, None, *rest
+    return (
+        *_namespace.pair_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options),
+        *rest,
+    )
 
 
 def _unpaired_loss_backward(ctx: Any, grad_losses: Tensor | None, *_: None):
+    rest = (None,) * (ctx.tensor_count + len(ctx.options) - 1)
     if grad_losses is None:
-        return (None,) * 8
-    grad = _namespace.unpaired_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None, None, None, None
+        return None, *rest
+    return _namespace.unpaired_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options), *rest
 
 
 torch.library.register_autograd(

@@ -25,6 +25,23 @@ from pyfast_dpo import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.pyfast_dpo
 
+
+def pair_loss(
+    chosen: Tensor, rejected: Tensor, loss: str, divergence: str = "reverse_kl", **tensors: Any
+):
+    """The operator with everything else at its default."""
+    names = (
+        "reference_chosen",
+        "reference_rejected",
+        "chosen_lengths",
+        "rejected_lengths",
+        "margins",
+        "shift",
+    )
+    rest = [tensors.get(name) for name in names]
+    return ops.pair_loss(chosen, rejected, *rest, loss, 0.1, 0.0, 0.05, 0.0, divergence, 0.5, False)
+
+
 LOGITS, LABELS = random_logits(4, 3, 7), random_labels(4, 3, vocab=7)
 LOGPS, OTHER_LOGPS = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0])
 IS_DESIRABLE = torch.tensor([True, False, True, False])
@@ -242,10 +259,11 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] 
     *[(PAIR, {"label_smoothing": s}, ValueError, f"got {s}") for s in (-0.1, 0.5, 1.0, NAN, INF)],
     (PAIR, {"label_smoothing": "0.1"}, TypeError, "got str '0.1'"),
     (PAIR, {"label_smoothing": 0.1, "loss_type": "ipo"}, ValueError, "got 0.1 with 'ipo'"),
-    (PAIR, {"loss_type": "dpo"}, ValueError, "['sigmoid', 'ipo'], got 'dpo'"),
+    (PAIR, {"loss_type": "dpo"}, ValueError, "'apo_down', 'discopop', 'sigmoid_norm', 'sft'"),
     (PAIR, {"loss_type": "kto"}, ValueError, "got 'kto'"),
     (PAIR, {"loss_type": None}, ValueError, "got None"),
-    (PAIR, {"loss_type": ["sigmoid"]}, ValueError, "got ['sigmoid']"),
+    (PAIR, {"loss_type": ["sigmoid", "dpo"]}, ValueError, "got 'dpo'"),
+    (PAIR, {"loss_type": []}, ValueError, "at least one loss, got []"),
     *[(UNPAIRED, {"desirable_weight": w}, ValueError, f"got {w}") for w in (-1.0, NAN, INF)],
     (UNPAIRED, {"undesirable_weight": -0.5}, ValueError, "got -0.5"),
     (UNPAIRED, {"undesirable_weight": "1"}, TypeError, "got str '1'"),
@@ -441,20 +459,36 @@ DIRECT: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("seq_logp_backward_: ", "contiguous", "3"),
     ),
     "pair_lengths": (
-        lambda: ops.pair_loss(A, ONE, None, None, "sigmoid", 0.1, 0.0),
+        lambda: pair_loss(A, ONE, "sigmoid"),
         ("pair_loss: policy_rejected", "[2]", "[1]"),
     ),
     "pair_dtypes": (
-        lambda: ops.pair_loss(A, B.double(), None, None, "sigmoid", 0.1, 0.0),
+        lambda: pair_loss(A, B.double(), "sigmoid"),
         ("pair_loss: policy_rejected", "Float", "Double"),
     ),
     "pair_half": (
-        lambda: ops.pair_loss(A.half(), B.half(), None, None, "sigmoid", 0.1, 0.0),
+        lambda: pair_loss(A.half(), B.half(), "sigmoid"),
         ("pair_loss: policy_chosen", "Half"),
     ),
     "pair_name": (
-        lambda: ops.pair_loss(A, B, None, None, "kto", 0.1, 0.0),
-        ("pair_loss: loss", "sigmoid, ipo", "kto"),
+        lambda: pair_loss(A, B, "kto"),
+        ("pair_loss: loss", "sigmoid, robust", "kto"),
+    ),
+    "pair_margins": (
+        lambda: pair_loss(A, B, "sigmoid", margins=ONE),
+        ("pair_loss: margins", "[2]", "[1]"),
+    ),
+    "pair_chosen_lengths": (
+        lambda: pair_loss(A, B, "sigmoid", chosen_lengths=ONE),
+        ("pair_loss: chosen_lengths", "[2]", "[1]"),
+    ),
+    "pair_shift": (
+        lambda: pair_loss(A, B, "bco_pair", shift=A),
+        ("pair_loss: shift", "[1]", "[2]"),
+    ),
+    "pair_divergence": (
+        lambda: pair_loss(A, B, "sigmoid", divergence="forward"),
+        ("pair_loss: divergence", "js_divergence", "forward"),
     ),
     "unpaired_name": (
         lambda: ops.unpaired_loss(A, None, T2, ONE, "sigmoid", 0.1, 1.0, 1.0),

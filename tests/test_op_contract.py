@@ -14,6 +14,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from pyfast_dpo import (
+    _C,
     fused_dpo_loss,
     fused_ipo_loss,
     fused_kto_loss,
@@ -22,7 +23,6 @@ from pyfast_dpo import (
     sequence_logps,
     token_logps,
 )
-from pyfast_dpo.functional import PAIR_LOSS_NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.pyfast_dpo
@@ -107,11 +107,13 @@ NEEDS = [  # which log-probs need a gradient: chosen, rejected; is there a refer
 
 
 @pytest.mark.parametrize("needs, with_reference, dtype", NEEDS, ids=str)
-@pytest.mark.parametrize("loss", PAIR_LOSS_NAMES)
+@pytest.mark.parametrize("loss", _C.pair_loss_names())
 def test_opcheck_of_the_pair_loss(loss, needs, with_reference, dtype) -> None:
     policy = [torch.randn(3, dtype=dtype, requires_grad=need) for need in needs]
     constants = [torch.randn(3, dtype=dtype) if with_reference else None for _ in range(2)]
-    options = (loss, 0.1, 0.2 if loss == "sigmoid" else 0.0)
+    lengths = [torch.tensor([3.0, 1.0, 7.0], dtype=dtype) if with_reference else None] * 2
+    constants += [*lengths, torch.ones(3, dtype=dtype), torch.ones(1, dtype=dtype)]
+    options = (loss, 0.1, 0.2, 0.05, 0.5, "alpha_divergence", 0.5, False)
     opcheck(ops.pair_loss.default, (*policy, *constants, *options))
     detached = [logp.detach() for logp in policy]
     opcheck(
@@ -143,7 +145,19 @@ def test_fake_outputs_have_the_shape_dtype_and_layout_of_real_ones(call) -> None
     logps = torch.randn(8)[::2]  # not contiguous
     args: dict[str, tuple[Any, ...]] = {
         "seq_logp": (logits, labels, -100, False, False, False),
-        "pair_loss": (logps, logps, None, None, "sigmoid", 0.1, 0.0),
+        "pair_loss": (
+            logps,
+            logps,
+            *[None] * 6,
+            "sigmoid",
+            0.1,
+            0.0,
+            0.05,
+            0.0,
+            "reverse_kl",
+            0.5,
+            False,
+        ),
         "unpaired_loss": (logps, None, torch.ones(4).bool(), torch.ones(1), "kto", 0.1, 1.0, 1.0),
     }
     real = getattr(ops, call)(*args[call])

@@ -21,4 +21,16 @@ PFD_HD inline T sigmoid(T x) {
   return x > T(0) ? T(1) / (T(1) + e) : e / (T(1) + e);
 }
 
+// log(e^x - 1) for x > 0, without overflow and without cancellation.
+template <class T>
+PFD_HD inline T log_expm1(T x) {
+  return x < T(1) ? log(expm1(x)) : x + log1p(-exp(-x));
+}
+
+// slope * factor, 0 where the slope is: one that has vanished times a factor that overflows.
+template <class T>
+PFD_HD inline T scaled(T slope, T factor) {
+  return slope == T(0) ? T(0) : slope * factor;
+}
+
 }  // namespace pyfast_dpo

@@ -107,9 +107,14 @@ struct HeadParams {
 };
 
 // Losses on one number a sequence. P pairs; N unpaired sequences. float or double throughout.
+
+// What a pair loss sees of a log-ratio x: phi(x) of divergence.h. The default is x itself.
+enum class Divergence : int { kReverseKl = 0, kJensenShannon = 1, kAlpha = 2 };
+
 struct LossParams {
   double beta = 0.1;
   double label_smoothing = 0.0;
+  double discopop_tau = 0.05;
   double desirable_weight = 1.0;
   double undesirable_weight = 1.0;
 };
@@ -119,10 +124,18 @@ struct PairLossParams {
   int loss;     // index into PairLosses (losses.h)
   int64_t pairs;
   LossParams params;
+  double margin;  // every pair's target margin, in units of the reward, beta * log-ratio
+  Divergence divergence;
+  double divergence_alpha;         // of kAlpha; not 1
+  bool average_first;              // divide by the length before the divergence, not after it
   const void* policy_chosen;       // [P]
   const void* policy_rejected;     // [P]
   const void* reference_chosen;    // [P] or null: 0
   const void* reference_rejected;  // [P] or null: 0
+  const void* chosen_lengths;      // [P] or null: 1; the loss sees averages over them
+  const void* rejected_lengths;    // [P] or null: 1
+  const void* margins;             // [P] or null: 0; added to `margin`
+  const void* shift;               // [1] or null: 0; a reward taken off both rewards (bco_pair)
   const void* grad_losses;         // [P]; null in the forward pass
   // forward
   void* losses;            // [P]

@@ -6,11 +6,6 @@
 namespace pyfast_dpo::cpu {
 namespace {
 
-template <class T>
-T value_or_zero(const void* values, int64_t i) {
-  return values == nullptr ? T(0) : static_cast<const T*>(values)[i];
-}
-
 template <class Function>
 void dispatch_stat(DType dtype, Function&& function) {
   if (dtype == DType::kFloat64) {
@@ -20,21 +15,13 @@ void dispatch_stat(DType dtype, Function&& function) {
   }
 }
 
-// Calls visit(tag of T, i, chosen log-ratio, rejected log-ratio, value and derivatives) for every
-// pair.
+// Calls visit(tag of T, i, outcome) for every pair.
 template <class Visit>
 void for_each_pair(const PairLossParams& p, Visit&& visit) {
   dispatch_stat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     PairLosses::dispatch(p.loss, [&](auto loss) {
-      for (int64_t i = 0; i < p.pairs; ++i) {
-        const T chosen =
-            static_cast<const T*>(p.policy_chosen)[i] - value_or_zero<T>(p.reference_chosen, i);
-        const T rejected =
-            static_cast<const T*>(p.policy_rejected)[i] - value_or_zero<T>(p.reference_rejected, i);
-        visit(tag, i, chosen, rejected,
-              decltype(loss)::template eval<T>(chosen, rejected, p.params));
-      }
+      for (int64_t i = 0; i < p.pairs; ++i) visit(tag, i, evaluate_pair<decltype(loss), T>(p, i));
     });
   });
 }
@@ -46,7 +33,7 @@ void for_each_row(const UnpairedLossParams& p, Visit&& visit) {
     const T kl = *static_cast<const T*>(p.kl);
     UnpairedLosses::dispatch(p.loss, [&](auto loss) {
       for (int64_t i = 0; i < p.count; ++i) {
-        const T logratio = static_cast<const T*>(p.policy)[i] - value_or_zero<T>(p.reference, i);
+        const T logratio = static_cast<const T*>(p.policy)[i] - value_or<T>(p.reference, i, 0);
         visit(tag, i, logratio,
               decltype(loss)::template eval<T>(logratio, p.is_desirable[i], kl, p.params));
       }
@@ -57,20 +44,20 @@ void for_each_row(const UnpairedLossParams& p, Visit&& visit) {
 }  // namespace
 
 void pair_loss_forward(const PairLossParams& p) {
-  for_each_pair(p, [&](auto tag, int64_t i, auto chosen, auto rejected, const auto& value) {
+  for_each_pair(p, [&](auto tag, int64_t i, const auto& pair) {
     using T = typename decltype(tag)::type;
-    static_cast<T*>(p.losses)[i] = value.loss;
-    static_cast<T*>(p.chosen_rewards)[i] = T(p.params.beta) * chosen;
-    static_cast<T*>(p.rejected_rewards)[i] = T(p.params.beta) * rejected;
+    static_cast<T*>(p.losses)[i] = pair.loss;
+    static_cast<T*>(p.chosen_rewards)[i] = T(p.params.beta) * pair.chosen;
+    static_cast<T*>(p.rejected_rewards)[i] = T(p.params.beta) * pair.rejected;
   });
 }
 
 void pair_loss_backward(const PairLossParams& p) {
-  for_each_pair(p, [&](auto tag, int64_t i, auto, auto, const auto& value) {
+  for_each_pair(p, [&](auto tag, int64_t i, const auto& pair) {
     using T = typename decltype(tag)::type;
     const T grad = static_cast<const T*>(p.grad_losses)[i];
-    static_cast<T*>(p.grad_chosen)[i] = grad * value.d_chosen;
-    static_cast<T*>(p.grad_rejected)[i] = grad * value.d_rejected;
+    static_cast<T*>(p.grad_chosen)[i] = grad * pair.d_chosen;
+    static_cast<T*>(p.grad_rejected)[i] = grad * pair.d_rejected;
   });
 }
 

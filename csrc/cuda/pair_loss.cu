@@ -17,12 +17,6 @@ __device__ __forceinline__ S at(const void* values, int64_t i) {
   return static_cast<const S*>(values)[i];
 }
 
-// A missing reference is a reference of 0.
-template <class S>
-__device__ __forceinline__ S at_or_zero(const void* values, int64_t i) {
-  return values != nullptr ? at<S>(values, i) : S(0);
-}
-
 template <class S>
 __device__ __forceinline__ S& slot(void* values, int64_t i) {
   return static_cast<S*>(values)[i];
@@ -32,17 +26,15 @@ template <class Loss, class S, bool kBackward>
 __global__ void __launch_bounds__(kThreads) pair_kernel(PairLossParams p) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.pairs; i += stride) {
-    const S chosen = at<S>(p.policy_chosen, i) - at_or_zero<S>(p.reference_chosen, i);
-    const S rejected = at<S>(p.policy_rejected, i) - at_or_zero<S>(p.reference_rejected, i);
-    const PairValue<S> value = Loss::template eval<S>(chosen, rejected, p.params);
+    const PairOutcome<S> pair = evaluate_pair<Loss, S>(p, i);
     if constexpr (kBackward) {
       const S upstream = at<S>(p.grad_losses, i);
-      slot<S>(p.grad_chosen, i) = upstream * value.d_chosen;
-      slot<S>(p.grad_rejected, i) = upstream * value.d_rejected;
+      slot<S>(p.grad_chosen, i) = upstream * pair.d_chosen;
+      slot<S>(p.grad_rejected, i) = upstream * pair.d_rejected;
     } else {
-      slot<S>(p.losses, i) = value.loss;
-      slot<S>(p.chosen_rewards, i) = S(p.params.beta) * chosen;
-      slot<S>(p.rejected_rewards, i) = S(p.params.beta) * rejected;
+      slot<S>(p.losses, i) = pair.loss;
+      slot<S>(p.chosen_rewards, i) = S(p.params.beta) * pair.chosen;
+      slot<S>(p.rejected_rewards, i) = S(p.params.beta) * pair.rejected;
     }
   }
 }
@@ -51,7 +43,7 @@ template <class Loss, class S, bool kBackward>
 __global__ void __launch_bounds__(kThreads) unpaired_kernel(UnpairedLossParams p) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.count; i += stride) {
-    const S logratio = at<S>(p.policy, i) - at_or_zero<S>(p.reference, i);
+    const S logratio = at<S>(p.policy, i) - value_or<S>(p.reference, i, 0);
     const UnpairedValue<S> value =
         Loss::template eval<S>(logratio, p.is_desirable[i], at<S>(p.kl, 0), p.params);
     if constexpr (kBackward) {

@@ -117,12 +117,24 @@ const T* data_or_null(const std::optional<Array<T>>& array, py::ssize_t size) {
   return array->data();
 }
 
+Divergence divergence_of(const std::string& name) {
+  if (name == "reverse_kl") return Divergence::kReverseKl;
+  if (name == "js_divergence") return Divergence::kJensenShannon;
+  if (name == "alpha_divergence") return Divergence::kAlpha;
+  throw py::value_error("unknown divergence " + name);
+}
+
 // -> losses, chosen_rewards, rejected_rewards, d losses / d chosen, d losses / d rejected, all [P]
 template <class T>
 py::tuple pair_loss(const Array<T>& policy_chosen, const Array<T>& policy_rejected,
                     const std::optional<Array<T>>& reference_chosen,
-                    const std::optional<Array<T>>& reference_rejected, const std::string& loss,
-                    double beta, double label_smoothing) {
+                    const std::optional<Array<T>>& reference_rejected,
+                    const std::optional<Array<T>>& chosen_lengths,
+                    const std::optional<Array<T>>& rejected_lengths,
+                    const std::optional<Array<T>>& margins, const std::optional<Array<T>>& shift,
+                    const std::string& loss, double beta, double label_smoothing,
+                    double discopop_tau, double margin, const std::string& divergence,
+                    double divergence_alpha, bool average_first) {
   const py::ssize_t pairs = policy_chosen.size();
   if (policy_rejected.size() != pairs) throw py::value_error("arrays must have equal lengths");
   Array<T> losses(pairs), chosen_rewards(pairs), rejected_rewards(pairs), d_chosen(pairs),
@@ -134,10 +146,19 @@ py::tuple pair_loss(const Array<T>& policy_chosen, const Array<T>& policy_reject
   params.pairs = pairs;
   params.params.beta = beta;
   params.params.label_smoothing = label_smoothing;
+  params.params.discopop_tau = discopop_tau;
+  params.margin = margin;
+  params.divergence = divergence_of(divergence);
+  params.divergence_alpha = divergence_alpha;
+  params.average_first = average_first;
   params.policy_chosen = policy_chosen.data();
   params.policy_rejected = policy_rejected.data();
   params.reference_chosen = data_or_null(reference_chosen, pairs);
   params.reference_rejected = data_or_null(reference_rejected, pairs);
+  params.chosen_lengths = data_or_null(chosen_lengths, pairs);
+  params.rejected_lengths = data_or_null(rejected_lengths, pairs);
+  params.margins = data_or_null(margins, pairs);
+  params.shift = data_or_null(shift, 1);
   params.grad_losses = ones.data();
   params.losses = losses.mutable_data();
   params.chosen_rewards = chosen_rewards.mutable_data();
@@ -193,9 +214,13 @@ PYBIND11_MODULE(_C, m) {
   // noconvert: float32 arrays take the float32 overload, and nothing is cast behind the caller's
   // back.
   m.def("pair_loss", &pair_loss<float>, py::arg().noconvert(), py::arg().noconvert(),
-        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg());
+        py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(),
+        py::arg(), py::arg(), py::arg(), py::arg());
   m.def("pair_loss", &pair_loss<double>, py::arg().noconvert(), py::arg().noconvert(),
-        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg());
+        py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(),
+        py::arg(), py::arg(), py::arg(), py::arg());
   m.def("unpaired_loss", &unpaired_loss<float>, py::arg().noconvert(), py::arg().noconvert(),
         py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
   m.def("unpaired_loss", &unpaired_loss<double>, py::arg().noconvert(), py::arg().noconvert(),

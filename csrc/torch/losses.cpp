@@ -4,7 +4,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "torch/checks.h"
@@ -33,76 +36,105 @@ int loss_index(const char* op, const std::string& name) {
   return index;
 }
 
-// The arguments of a pair loss, checked and contiguous; they keep the memory of `params` alive.
+Divergence divergence_of(const char* op, const std::string& name) {
+  if (name == "reverse_kl") return Divergence::kReverseKl;
+  if (name == "js_divergence") return Divergence::kJensenShannon;
+  STD_TORCH_CHECK(name == "alpha_divergence", op,
+                  ": divergence must be reverse_kl, js_divergence or alpha_divergence, got ", name);
+  return Divergence::kAlpha;
+}
+
+// The arguments of a pair loss, checked; contiguous copies in `held` keep the memory of `params`
+// alive.
 struct PairInputs {
-  Tensor policy_chosen, policy_rejected;
-  std::optional<Tensor> reference_chosen, reference_rejected;
+  std::vector<Tensor> held;
   PairLossParams params{};
 
-  PairInputs(const char* op, const Tensor& chosen, const Tensor& rejected,
-             const std::optional<Tensor>& ref_chosen, const std::optional<Tensor>& ref_rejected,
-             const std::string& loss, double beta, double label_smoothing) {
-    params.dtype = stat_dtype(op, "policy_chosen", chosen);
+  PairInputs(const char* op, const Tensor& policy_chosen, const Tensor& policy_rejected,
+             const std::optional<Tensor>& reference_chosen,
+             const std::optional<Tensor>& reference_rejected,
+             const std::optional<Tensor>& chosen_lengths,
+             const std::optional<Tensor>& rejected_lengths, const std::optional<Tensor>& margins,
+             const std::optional<Tensor>& shift, const std::string& loss, double beta,
+             double label_smoothing, double discopop_tau, double margin,
+             const std::string& divergence, double divergence_alpha, bool average_first) {
+    params.dtype = stat_dtype(op, "policy_chosen", policy_chosen);
     params.loss = loss_index<PairLosses>(op, loss);
-    params.pairs = chosen.size(0);
+    params.pairs = policy_chosen.size(0);
     params.params.beta = beta;
     params.params.label_smoothing = label_smoothing;
-    const auto check = [&](const char* name, const auto& tensor) {
-      return checked(op, name, tensor, chosen.scalar_type(), {params.pairs}, chosen);
+    params.params.discopop_tau = discopop_tau;
+    params.margin = margin;
+    params.divergence = divergence_of(op, divergence);
+    params.divergence_alpha = divergence_alpha;
+    params.average_first = average_first;
+    const auto data = [&](const char* name, const std::optional<Tensor>& tensor,
+                          int64_t size) -> const void* {
+      if (!tensor.has_value()) return nullptr;
+      held.push_back(
+          checked(op, name, *tensor, policy_chosen.scalar_type(), {size}, policy_chosen));
+      return held.back().const_data_ptr();
     };
-    policy_chosen = check("policy_chosen", chosen);
-    policy_rejected = check("policy_rejected", rejected);
-    reference_chosen = check("reference_chosen", ref_chosen);
-    reference_rejected = check("reference_rejected", ref_rejected);
-    params.policy_chosen = policy_chosen.const_data_ptr();
-    params.policy_rejected = policy_rejected.const_data_ptr();
-    params.reference_chosen = data_or_null(reference_chosen);
-    params.reference_rejected = data_or_null(reference_rejected);
+    params.policy_chosen = data("policy_chosen", policy_chosen, params.pairs);
+    params.policy_rejected = data("policy_rejected", policy_rejected, params.pairs);
+    params.reference_chosen = data("reference_chosen", reference_chosen, params.pairs);
+    params.reference_rejected = data("reference_rejected", reference_rejected, params.pairs);
+    params.chosen_lengths = data("chosen_lengths", chosen_lengths, params.pairs);
+    params.rejected_lengths = data("rejected_lengths", rejected_lengths, params.pairs);
+    params.margins = data("margins", margins, params.pairs);
+    params.shift = data("shift", shift, 1);
   }
+
+  Tensor new_output() const { return torch::stable::empty_like(held.front()); }
 };
 
-std::tuple<Tensor, Tensor, Tensor> pair_loss(const Tensor& chosen, const Tensor& rejected,
-                                             const std::optional<Tensor>& reference_chosen,
-                                             const std::optional<Tensor>& reference_rejected,
-                                             const std::string& loss, double beta,
-                                             double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor> pair_loss(
+    const Tensor& policy_chosen, const Tensor& policy_rejected,
+    const std::optional<Tensor>& reference_chosen, const std::optional<Tensor>& reference_rejected,
+    const std::optional<Tensor>& chosen_lengths, const std::optional<Tensor>& rejected_lengths,
+    const std::optional<Tensor>& margins, const std::optional<Tensor>& shift,
+    const std::string& loss, double beta, double label_smoothing, double discopop_tau,
+    double margin, const std::string& divergence, double divergence_alpha, bool average_first) {
   const char* op = "pyfast_dpo::pair_loss";
-  PairInputs in(op, chosen, rejected, reference_chosen, reference_rejected, loss, beta,
-                label_smoothing);
-  Tensor losses = torch::stable::empty_like(in.policy_chosen);
-  Tensor chosen_rewards = torch::stable::empty_like(in.policy_chosen);
-  Tensor rejected_rewards = torch::stable::empty_like(in.policy_chosen);
+  PairInputs in(op, policy_chosen, policy_rejected, reference_chosen, reference_rejected,
+                chosen_lengths, rejected_lengths, margins, shift, loss, beta, label_smoothing,
+                discopop_tau, margin, divergence, divergence_alpha, average_first);
+  Tensor losses = in.new_output(), chosen_rewards = in.new_output(),
+         rejected_rewards = in.new_output();
   in.params.losses = losses.mutable_data_ptr();
   in.params.chosen_rewards = chosen_rewards.mutable_data_ptr();
   in.params.rejected_rewards = rejected_rewards.mutable_data_ptr();
-  if (chosen.is_cuda()) {
-    launch_on_current_stream(
-        op, chosen, [&](void* stream) { return cuda::pair_loss_forward(in.params, stream); });
+  if (policy_chosen.is_cuda()) {
+    launch_on_current_stream(op, policy_chosen, [&](void* stream) {
+      return cuda::pair_loss_forward(in.params, stream);
+    });
   } else {
     cpu::pair_loss_forward(in.params);
   }
   return {losses, chosen_rewards, rejected_rewards};
 }
 
-std::tuple<Tensor, Tensor> pair_loss_backward(const Tensor& grad_losses_in, const Tensor& chosen,
-                                              const Tensor& rejected,
-                                              const std::optional<Tensor>& reference_chosen,
-                                              const std::optional<Tensor>& reference_rejected,
-                                              const std::string& loss, double beta,
-                                              double label_smoothing) {
+std::tuple<Tensor, Tensor> pair_loss_backward(
+    const Tensor& grad_losses_in, const Tensor& policy_chosen, const Tensor& policy_rejected,
+    const std::optional<Tensor>& reference_chosen, const std::optional<Tensor>& reference_rejected,
+    const std::optional<Tensor>& chosen_lengths, const std::optional<Tensor>& rejected_lengths,
+    const std::optional<Tensor>& margins, const std::optional<Tensor>& shift,
+    const std::string& loss, double beta, double label_smoothing, double discopop_tau,
+    double margin, const std::string& divergence, double divergence_alpha, bool average_first) {
   const char* op = "pyfast_dpo::pair_loss_backward";
-  PairInputs in(op, chosen, rejected, reference_chosen, reference_rejected, loss, beta,
-                label_smoothing);
-  const Tensor grad_losses =
-      checked(op, "grad_losses", grad_losses_in, chosen.scalar_type(), {in.params.pairs}, chosen);
-  Tensor grad_chosen = torch::stable::empty_like(in.policy_chosen);
-  Tensor grad_rejected = torch::stable::empty_like(in.policy_chosen);
+  PairInputs in(op, policy_chosen, policy_rejected, reference_chosen, reference_rejected,
+                chosen_lengths, rejected_lengths, margins, shift, loss, beta, label_smoothing,
+                discopop_tau, margin, divergence, divergence_alpha, average_first);
+  const Tensor grad_losses = checked(op, "grad_losses", grad_losses_in, policy_chosen.scalar_type(),
+                                     {in.params.pairs}, policy_chosen);
+  Tensor grad_chosen = in.new_output(), grad_rejected = in.new_output();
   in.params.grad_losses = grad_losses.const_data_ptr();
   in.params.grad_chosen = grad_chosen.mutable_data_ptr();
   in.params.grad_rejected = grad_rejected.mutable_data_ptr();
-  if (chosen.is_cuda()) {
-    launch_on_current_stream(
-        op, chosen, [&](void* stream) { return cuda::pair_loss_backward(in.params, stream); });
+  if (policy_chosen.is_cuda()) {
+    launch_on_current_stream(op, policy_chosen, [&](void* stream) {
+      return cuda::pair_loss_backward(in.params, stream);
+    });
   } else {
     cpu::pair_loss_backward(in.params);
   }

@@ -41,16 +41,22 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
   // total [V, H] float32 += gradient^T rows
   m.def("head_add_grad_weight_(Tensor(a!) total, Tensor gradient, Tensor rows) -> ()");
 
-  // log-probs [P] stat -> losses, chosen_rewards, rejected_rewards [P]
+  // log-probs, lengths, margins [P] and shift [1], stat -> losses, chosen_rewards,
+  // rejected_rewards [P]
   m.def(
       "pair_loss(Tensor policy_chosen, Tensor policy_rejected, Tensor? reference_chosen, "
-      "Tensor? reference_rejected, str loss, float beta, float label_smoothing) -> (Tensor losses, "
-      "Tensor chosen_rewards, Tensor rejected_rewards)");
+      "Tensor? reference_rejected, Tensor? chosen_lengths, Tensor? rejected_lengths, "
+      "Tensor? margins, Tensor? shift, str loss, float beta, float label_smoothing, "
+      "float discopop_tau, float margin, str divergence, float divergence_alpha, "
+      "bool average_first) -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards)");
   // -> gradients of the policy's log-probs [P]
   m.def(
       "pair_loss_backward(Tensor grad_losses, Tensor policy_chosen, Tensor policy_rejected, "
-      "Tensor? reference_chosen, Tensor? reference_rejected, str loss, float beta, "
-      "float label_smoothing) -> (Tensor grad_chosen, Tensor grad_rejected)");
+      "Tensor? reference_chosen, "
+      "Tensor? reference_rejected, Tensor? chosen_lengths, Tensor? rejected_lengths, "
+      "Tensor? margins, Tensor? shift, str loss, float beta, float label_smoothing, "
+      "float discopop_tau, float margin, str divergence, float divergence_alpha, "
+      "bool average_first) -> (Tensor grad_chosen, Tensor grad_rejected)");
 
   // log-probs [N] stat, is_desirable [N] bool, kl [1] stat -> losses, rewards [N]
   m.def(
