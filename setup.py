@@ -150,7 +150,7 @@ class NinjaBuild(build_ext):
                 "-lpthread",
             ]
             summary = f"with CUDA kernels for {', '.join(targets)} by {home / 'bin' / 'nvcc'}"
-        summary = f"pyfast_dpo: CPU kernels generic, avx2, avx512, avx512_bf16; {summary}; torch {torch.__version__}"
+        summary = f"pyfast_dpo: CPU kernels generic, avx2, avx512, avx512_bf16, amx; {summary}; torch {torch.__version__}"
 
         objects = []
         edges = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo import _ops
-from pyfast_dpo._head import Head, add_rows, add_weight_gradient
+from pyfast_dpo._head import Head, LogitsBuffer, WeightGradient, add_rows
 from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.reference import statistics_dtype
 from pyfast_dpo.row_statistics import LinearStatistics, row_statistics
@@ -73,6 +73,9 @@ class Plan(NamedTuple):
             )
             first = max(last, 1)
 
+    def largest_piece(self) -> int:
+        return min(self.max_rows, self.rows.index.shape[0])
+
     def pieces(self, chunk: Chunk) -> list[slice]:
         """Parts of a chunk whose logits fit the budget: one, unless it is an oversize unit."""
         size = chunk.size()
@@ -88,8 +91,9 @@ class Scored(NamedTuple):
     statistics: tuple[Tensor, Tensor, Tensor]  # row_max, row_sum [1, r], sequence_scale [1]
 
 
-def score(states: Tensor, targets: Tensor, head: Head) -> Scored:
-    logits, labels = head.logits(states).unsqueeze(0), targets.unsqueeze(0)
+def score(states: Tensor, targets: Tensor, head: Head, buffer: LogitsBuffer) -> Scored:
+    """Valid until the next call with this buffer."""
+    logits, labels = head.logits(states, buffer).unsqueeze(0), targets.unsqueeze(0)
     # No label is ignored here: the lowest number is none that a label has.
     _, tokens, row_max, row_sum, scale = _ops.seq_logp(logits, labels, _NONE, False, False, False)
     return Scored(logits, labels, tokens, (row_max, row_sum, scale))
@@ -111,10 +115,12 @@ def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tens
 class Gradients:
     """Where the three gradients of a pass are gathered, for the inputs that ask for them."""
 
-    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool], rows: int
+    ) -> None:
         wide = statistics_dtype(hidden.dtype)
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
+        self.weight = WeightGradient(head.weight, rows) if wanted[1] else None
         self.bias = (
             torch.zeros_like(head.bias, dtype=wide) if wanted[2] and head.bias is not None else None
         )
@@ -124,12 +130,12 @@ class Gradients:
         if self.hidden is not None:
             add_rows(self.hidden, index, head.gradient_of_rows(gradient))
         if self.weight is not None:
-            add_weight_gradient(self.weight, gradient, states)
+            self.weight.add(gradient, states)
         if self.bias is not None:
             self.bias += gradient.sum(0)
 
     def finish(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        weight = None if self.weight is None else self.weight.to(head.weight.dtype)
+        weight = None if self.weight is None else self.weight.finish()
         bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
         return self.hidden, weight, bias
 
@@ -159,7 +165,8 @@ class LinearLoss(torch.autograd.Function):
         rows, wide = plan.rows, statistics_dtype(hidden.dtype)
         # Without gradients of the head nothing but a factor a row waits for the loss.
         frozen = wanted[0] and not any(wanted[1:])
-        gradients = Gradients(hidden, head, wanted)
+        gradients = Gradients(hidden, head, wanted, rows.index.shape[0])
+        buffer = LogitsBuffer(head, plan.largest_piece())
         loss = hidden.new_zeros((), dtype=torch.float64)
         logps = hidden.new_empty((plan.group, plan.units()), dtype=wide)
         kept: list[tuple[Tensor, ...]] = []
@@ -175,7 +182,7 @@ class LinearLoss(torch.autograd.Function):
             of_rows: list[Tensor] = []  # gradients of the rows, up to the factors that wait
             measured: list[LinearStatistics] = []
             for piece in pieces:
-                scored = score(hidden.index_select(0, index[piece]), targets[piece], head)
+                scored = score(hidden.index_select(0, index[piece]), targets[piece], head, buffer)
                 tokens[piece] = scored.tokens[0]
                 if statistics is not None:
                     measured.append(row_statistics(scored.logits[0], targets[piece]))
@@ -206,7 +213,7 @@ class LinearLoss(torch.autograd.Function):
                 continue
             for piece in pieces:
                 states = hidden.index_select(0, index[piece])
-                again = score(states, targets[piece], head) if scored is None else scored
+                again = score(states, targets[piece], head, buffer) if scored is None else scored
                 gradient = gradient_of_logits(again, coefficients[piece], head)
                 gradients.add(gradient, states, index[piece], head)
         ctx.save_for_backward(hidden, weight, bias, *gradients.finish(head))
@@ -281,8 +288,11 @@ class LinearLogps(torch.autograd.Function):
         unit_gradient = (
             hidden.new_empty((tokens.shape[0], hidden.shape[1]), dtype=wide) if frozen else None
         )
+        buffer = LogitsBuffer(head, plan.largest_piece())
         for piece in _pieces(plan):
-            scored = score(hidden.index_select(0, rows.index[piece]), rows.targets[piece], head)
+            scored = score(
+                hidden.index_select(0, rows.index[piece]), rows.targets[piece], head, buffer
+            )
             tokens[piece] = scored.tokens[0]
             if unit_gradient is not None:
                 gradient = gradient_of_logits(scored, torch.ones_like(tokens[piece]), head)
@@ -301,14 +311,15 @@ class LinearLogps(torch.autograd.Function):
     def gradients(ctx: Any, grad_tokens: Tensor) -> list[Tensor | None]:
         hidden, weight, bias, unit_gradient = ctx.saved_tensors
         rows, head = ctx.plan.rows, Head(weight, bias, *ctx.activation)
-        gradients = Gradients(hidden, head, ctx.needs_input_grad[:3])
+        gradients = Gradients(hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0])
+        buffer = LogitsBuffer(head, ctx.plan.largest_piece())
         if unit_gradient is not None and gradients.hidden is not None:
             add_rows(gradients.hidden, rows.index, grad_tokens.unsqueeze(1) * unit_gradient)
             return [gradients.hidden, None, None]
         for piece in _pieces(ctx.plan):
             index = rows.index[piece]
             states = hidden.index_select(0, index)
-            scored = score(states, rows.targets[piece], head)
+            scored = score(states, rows.targets[piece], head, buffer)
             gradient = gradient_of_logits(scored, grad_tokens[piece], head)
             gradients.add(gradient, states, index, head)
         return list(gradients.finish(head))

@@ -28,9 +28,9 @@ seq_logp_backward_ = _namespace.seq_logp_backward_
 pair_loss = _namespace.pair_loss
 unpaired_loss = _namespace.unpaired_loss
 row_statistics = _namespace.row_statistics
-head_logits = _namespace.head_logits
+head_logits_ = _namespace.head_logits_
 head_grad_rows = _namespace.head_grad_rows
-head_add_grad_weight_ = _namespace.head_add_grad_weight_
+head_grad_weight_ = _namespace.head_grad_weight_
 
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
 
@@ -159,9 +159,9 @@ def _(logits, targets):
 # --- the lm_head on the CPU: building blocks of pyfast_dpo.linear, which has their gradients --------
 
 
-@torch.library.register_fake("pyfast_dpo::head_logits")
-def _(rows, weight):
-    return rows.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
+@torch.library.register_fake("pyfast_dpo::head_logits_")
+def _(out, rows, weight):
+    return None
 
 
 @torch.library.register_fake("pyfast_dpo::head_grad_rows")
@@ -169,9 +169,18 @@ def _(gradient, weight):
     return gradient.new_empty((gradient.shape[0], weight.shape[1]))
 
 
-@torch.library.register_fake("pyfast_dpo::head_add_grad_weight_")
-def _(total, gradient, rows):
+@torch.library.register_fake("pyfast_dpo::head_grad_weight_")
+def _(out, gradient, rows, accumulate, total):
     return None
+
+
+def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on the CPU in large pages where the system leaves that to the program: to touch fresh
+    memory page by page takes longer than the products that fill it."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if tensor.device.type == "cpu":
+        _C.use_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 # --- double backward: refused by name, never a wrong number -----------------------------------------

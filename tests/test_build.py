@@ -86,7 +86,7 @@ def offending_lines(path: Path, pattern: re.Pattern[str]) -> list[str]:
 @needs_objects
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name)
 def test_wide_instructions_stand_in_their_own_objects_only(path):
-    if "kernels_avx512" in path.name:
+    if "kernels_avx512" in path.name or "kernels_amx" in path.name:
         assert offending_lines(path, AVX512), "the AVX-512 object holds no AVX-512 instruction"
         return
     assert not offending_lines(path, AVX512)[:5]
@@ -96,7 +96,7 @@ def test_wide_instructions_stand_in_their_own_objects_only(path):
 
 @needs_objects
 @pytest.mark.parametrize(
-    "name", ["kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp"]
+    "name", ["kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp", "kernels_amx.cpp"]
 )
 def test_wide_objects_share_no_function_that_the_linker_could_pick_for_everyone(name):
     (path,) = [p for p in OBJECTS if name in p.name]

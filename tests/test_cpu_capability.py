@@ -58,13 +58,16 @@ def skip_where_lacking(level: str) -> None:
 every_level = pytest.mark.parametrize("level", LEVELS)
 
 
+NUMERIC_TESTS = ["test_seq_logp.py", "test_linear.py", "test_linear_statistics.py"]
+
+
 @every_level
 def test_numeric_tests_pass(level) -> None:
     skip_where_lacking(level)
     if level == USED:
         pytest.skip(f"{level} is what this test run itself uses")
     pytest_arguments = ["-m", "pytest", "-q", "-m", "numerics", "-p", "no:cacheprovider"]
-    run = run_python(*pytest_arguments, "--tb=short", "test_seq_logp.py", capability=level)
+    run = run_python(*pytest_arguments, "--tb=short", *NUMERIC_TESTS, capability=level)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
     assert " passed" in run.stdout and "failed" not in run.stdout
 

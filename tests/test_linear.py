@@ -59,7 +59,21 @@ SHAPES = [
     (15, 17, 33, "one more than a panel in every dimension"),
     (31, 64, 257, "one more than the vocabulary block of the rows' gradient"),
     (45, 40, 1030, "several tasks, ragged ends"),
+    (33, 65, 300, "one more than a panel of AMX in every dimension"),
+    (5, 33, 9001, "more blocks of the vocabulary than the rows' gradient has slices"),
 ]
+
+
+def head_logits(x: Tensor, w: Tensor) -> Tensor:
+    out = torch.full((x.shape[0], w.shape[0]), math.nan)
+    _ops.head_logits_(out, x, w)
+    return out
+
+
+def head_grad_weight(d: Tensor, x: Tensor) -> Tensor:
+    out = torch.full((d.shape[1], x.shape[1]), math.nan)
+    _ops.head_grad_weight_(out, d, x, False, None)
+    return out
 
 
 @pytest.mark.numerics
@@ -71,12 +85,10 @@ def test_products_have_float32_sums_of_exact_inputs(rows, hidden, vocab, dtype):
     w = torch.randn(vocab, hidden, generator=generator).to(dtype)
     # The gradient of the logits may be rounded to bfloat16 on its way into a bfloat16 product.
     d = torch.randn(rows, vocab, generator=generator).to(dtype).float()
-    total = torch.full((vocab, hidden), 0.5)
-    _ops.head_add_grad_weight_(total, d, x)
     for name, ours, left, right in (
-        ("logits", _ops.head_logits(x, w), x, w.T),
+        ("logits", head_logits(x, w), x, w.T),
         ("gradient of rows", _ops.head_grad_rows(d, w), d, w),
-        ("gradient of weight", total - 0.5, d.T, x),
+        ("gradient of weight", head_grad_weight(d, x), d.T, x),
     ):
         truth = left.double() @ right.double()
         # Sums of n rounded products: n eps of the sum of magnitudes bounds them; far below in practice.
@@ -86,26 +98,42 @@ def test_products_have_float32_sums_of_exact_inputs(rows, hidden, vocab, dtype):
         assert_rule(name, ours, left.float() @ right.float(), truth, bound)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
+@pytest.mark.parametrize("rows, hidden, vocab", [s[:3] for s in SHAPES], ids=[s[3] for s in SHAPES])
+def test_the_last_sum_is_the_float32_sum_rounded_once(rows, hidden, vocab, dtype):
+    x, d = torch.randn(rows, hidden).to(dtype), torch.randn(rows, vocab)
+    start = torch.randn(vocab, hidden)
+    wide = start.clone()
+    _ops.head_grad_weight_(wide, d, x, True, None)
+    torch.testing.assert_close(wide, start + head_grad_weight(d, x), rtol=1e-5, atol=1e-5)
+    if dtype == torch.float32:
+        return
+    narrow = torch.empty(vocab, hidden, dtype=dtype)
+    _ops.head_grad_weight_(narrow, d, x, False, start)
+    assert torch.equal(narrow, wide.to(dtype))
+    _ops.head_grad_weight_(narrow, d, x, False, None)
+    assert torch.equal(narrow, head_grad_weight(d, x).to(dtype))
+
+
 @pytest.mark.numerics
 def test_rows_do_not_depend_on_their_neighbours_or_on_threads():
     x, w, _, _ = problem(sequences=40, dtype=torch.bfloat16)
     x = x.flatten(0, 1)
-    together = _ops.head_logits(x, w)
+    together = head_logits(x, w)
     d = torch.randn_like(together)
     rows = _ops.head_grad_rows(d, w)
     for index in (0, 13, 14, 200, x.shape[0] - 1):
         alone = slice(index, index + 1)
-        assert torch.equal(_ops.head_logits(x[alone], w), together[alone])
+        assert torch.equal(head_logits(x[alone], w), together[alone])
         assert torch.equal(_ops.head_grad_rows(d[alone], w), rows[alone])
     threads = torch.get_num_threads()
     totals = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(_ops.head_logits(x, w), together)
+            assert torch.equal(head_logits(x, w), together)
             assert torch.equal(_ops.head_grad_rows(d, w), rows)
-            totals.append(torch.zeros(w.shape))
-            _ops.head_add_grad_weight_(totals[-1], d, x)
+            totals.append(head_grad_weight(d, x))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(total, totals[0]) for total in totals)
@@ -116,9 +144,9 @@ def test_products_are_proper_operators(dtype):
     x, w, d = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype), torch.randn(3, 5)
     namespace = torch.ops.pyfast_dpo
     for operator, arguments in (
-        (namespace.head_logits, (x, w)),
+        (namespace.head_logits_, (torch.zeros(3, 5), x, w)),
         (namespace.head_grad_rows, (d, w)),
-        (namespace.head_add_grad_weight_, (torch.zeros(5, 4), d, x)),
+        (namespace.head_grad_weight_, (torch.zeros(5, 4), d, x, True, None)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -315,9 +343,9 @@ def products(monkeypatch) -> list[tuple[str, int]]:
 
         monkeypatch.setattr(_ops, name, counted)
 
-    count("head_logits", 0)
+    count("head_logits_", 1)
     count("head_grad_rows", 0)
-    count("head_add_grad_weight_", 2)
+    count("head_grad_weight_", 2)
     return calls
 
 
@@ -325,10 +353,10 @@ WORK = [
     (
         True,
         1 << 20,
-        ["head_logits", "head_grad_rows", "head_add_grad_weight_"],
+        ["head_logits_", "head_grad_rows", "head_grad_weight_"],
         "trainable head: 3",
     ),
-    (False, 1 << 20, ["head_logits", "head_grad_rows"], "frozen head: 2"),
+    (False, 1 << 20, ["head_logits_", "head_grad_rows"], "frozen head: 2"),
 ]
 
 
@@ -351,20 +379,20 @@ def test_the_reference_costs_one_product_and_evaluation_too(products):
     hidden, weight, _, labels = problem()
     with torch.no_grad():
         fused_linear_dpo_loss(hidden, weight, labels, reference_hidden=hidden)
-    assert [name for name, _ in products] == ["head_logits", "head_logits"]
+    assert [name for name, _ in products] == ["head_logits_", "head_logits_"]
 
 
 def test_log_probs_under_a_frozen_head_cost_two_products(products):
     hidden, weight, _, labels = problem()
     linear_sequence_logps(hidden.requires_grad_(), weight, labels).sum().backward()
-    assert [name for name, _ in products] == ["head_logits", "head_grad_rows"]
+    assert [name for name, _ in products] == ["head_logits_", "head_grad_rows"]
 
 
 def test_a_frozen_head_needs_no_second_look_at_pairs_beyond_the_budget(products):
     hidden, weight, _, labels = problem()
     fused_linear_dpo_loss(hidden.requires_grad_(), weight, labels, max_chunk_bytes=4 * 211 * 5)
     scored = int((labels != -100).sum())
-    for name in ("head_logits", "head_grad_rows"):
+    for name in ("head_logits_", "head_grad_rows"):
         assert sum(rows for called, rows in products if called == name) == scored
 
 

@@ -69,6 +69,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0], ids=["flat", "model-like", "certain"])
 @pytest.mark.parametrize("rows, vocab", [s[:2] for s in SHAPES], ids=[s[2] for s in SHAPES])

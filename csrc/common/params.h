@@ -103,7 +103,8 @@ struct HeadParams {
   const float* packed_columns;  // the rows in right panels, for the gradient of the weight
   float* logits;                // [R, V], or their gradient
   float* grad_rows;             // [R, H]
-  float* grad_weight;           // [V, H], added to
+  void* grad_weight;            // [V, H] = total + gradient; float32 or of the weight's dtype
+  const float* total;           // [V, H] or null: 0; grad_weight itself if that is float32
 };
 
 // Losses on one number a sequence. P pairs; N unpaired sequences. float or double throughout.

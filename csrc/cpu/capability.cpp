@@ -7,6 +7,11 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pyfast_dpo::cpu {
 namespace {
@@ -21,8 +26,19 @@ unsigned long long enabled_register_state() {
   return (static_cast<unsigned long long>(high) << 32) | low;
 }
 
+// Linux hands the tile registers to processes that ask for them, once, for all of their threads.
+bool permit_tile_data() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
 int detect_level() {
-  constexpr unsigned long long kYmmState = 0x6, kZmmState = 0xe6;
+  constexpr unsigned long long kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;
   unsigned eax, ebx, ecx, edx;
   const unsigned long long state = enabled_register_state();
   if ((state & kYmmState) != kYmmState || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
@@ -30,12 +46,15 @@ int detect_level() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2)) return 0;
   const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if ((state & kZmmState) != kZmmState || (ebx & avx512) != avx512) return 1;
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // bf16 and tile, of edx in leaf 7
+  const bool amx = (edx & kAmx) == kAmx;
   constexpr unsigned kAvx512Bf16 = 1u << 5;  // of eax in leaf 7, sub-leaf 1
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvx512Bf16) ? 3 : 2;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & kAvx512Bf16)) return 2;
+  return amx && (state & kTileState) == kTileState && permit_tile_data() ? 4 : 3;
 }
 
 const Kernels* const kTables[] = {&kGenericKernels, &kAvx2Kernels, &kAvx512Kernels,
-                                  &kAvx512Bf16Kernels};
+                                  &kAvx512Bf16Kernels, &kAmxKernels};
 #else
 int detect_level() { return 0; }
 
@@ -53,6 +72,15 @@ const Kernels* choose() {
 }
 
 }  // namespace
+
+void use_large_pages(uintptr_t address, uintptr_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage,
+                  end = (address + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 const char* best_capability() { return kTables[detect_level()]->name; }
 

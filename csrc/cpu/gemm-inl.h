@@ -134,14 +134,16 @@ static void logits_tile(const HeadParams& p, int64_t tile, float* workspace) {
   }
 }
 
-// grad_rows[first:last] = gradient[first:last] weight, in blocks of the vocabulary.
+// grad_rows[first:last] = gradient[first:last, begin:end] weight[begin:end], in blocks of the
+// vocabulary.
 template <class T, class Format>
-static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, float* workspace) {
+static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, int64_t begin,
+                             int64_t end, float* workspace) {
   const int64_t panels = (last - first + kRows - 1) / kRows;
   float* left = workspace;
   float* right = workspace + panels * kDepth * kLeft;
-  for (int64_t v = 0; v < p.vocab; v += kDepth) {
-    const int64_t depth = least(kDepth, p.vocab - v), units = Format::units(depth);
+  for (int64_t v = begin; v < end; v += kDepth) {
+    const int64_t depth = least(kDepth, end - v), units = Format::units(depth);
     for (int64_t i = first; i < last; i += kRows) {
       Format::pack_rows(p.logits + i * p.vocab + v, p.vocab, least(kLeft, last - i), depth,
                         left + (i - first) / kRows * units * kLeft, kLeft);
@@ -153,14 +155,14 @@ static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, f
       for (int64_t i = first; i < last; i += kRows) {
         micro<Format>(units, left + (i - first) / kRows * units * kLeft, right,
                       p.grad_rows + i * p.hidden + h, p.hidden, least(kRows, last - i), columns,
-                      v > 0);
+                      v > begin);
       }
     }
   }
 }
 
-// grad_weight[block] += gradient[:, block]^T rows for one block of kPanels left panels.
-template <class Format>
+// grad_weight[block] = total + gradient[:, block]^T rows for one block of kPanels left panels.
+template <class Out, class Format>
 static void gradient_of_weight(const HeadParams& p, int64_t block, float* workspace) {
   const int64_t first = block * kPanels * kRows, last = least(p.vocab, first + kPanels * kRows);
   const int64_t units = Format::units(p.rows);
@@ -170,11 +172,37 @@ static void gradient_of_weight(const HeadParams& p, int64_t block, float* worksp
   }
   for (int64_t h = 0; h < p.hidden; h += kColumns) {
     for (int64_t v = first; v < last; v += kRows) {
-      micro<Format>(units, workspace + (v - first) / kRows * units * kLeft,
-                    p.packed_columns + h * units, p.grad_weight + v * p.hidden + h, p.hidden,
-                    least(kRows, last - v), least(kColumns, p.hidden - h), true);
+      const int64_t offset = v * p.hidden + h;
+      const int64_t rows = least(kRows, last - v), columns = least(kColumns, p.hidden - h);
+      const float* left = workspace + (v - first) / kRows * units * kLeft;
+      const float* right = p.packed_columns + h * units;
+      if constexpr (sizeof(Out) == sizeof(float)) {
+        micro<Format>(units, left, right, static_cast<float*>(p.grad_weight) + offset, p.hidden,
+                      rows, columns, p.total != nullptr);
+        continue;
+      }
+      float sums[kRows * kColumns];
+      micro<Format>(units, left, right, sums, kColumns, rows, columns, false);
+      Out* out = static_cast<Out*>(p.grad_weight) + offset;
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const int64_t at = i * p.hidden + j;
+          const float before = p.total == nullptr ? 0.0f : p.total[offset + at];
+          out[at] = narrow<Out>(before + sums[i * kColumns + j]);
+        }
+      }
     }
   }
+}
+
+template <class Format>
+static int64_t left_size(int64_t depth) {
+  return Format::units(depth) * kLeft;
+}
+
+template <class Format>
+static int64_t right_size(int64_t depth) {
+  return Format::units(depth) * kColumns;
 }
 
 // Bf16: the format of bfloat16 matrices.
@@ -182,10 +210,11 @@ template <class Bf16>
 static constexpr Gemm gemm() {
   return {
       kRows,
-      kLeft,
       kColumns,
-      kDepth,
       kPanels,
+      {0, kDepth, kDepth, kDepth},
+      {nullptr, left_size<Singles>, left_size<Bf16>, left_size<Singles>},
+      {nullptr, right_size<Singles>, right_size<Bf16>, right_size<Singles>},
       {nullptr, pack_left<float, Singles>, pack_left<BFloat16, Bf16>, pack_left<Float16, Singles>},
       {nullptr, pack_right<float, Singles>, pack_right<BFloat16, Bf16>,
        pack_right<Float16, Singles>},
@@ -193,6 +222,8 @@ static constexpr Gemm gemm() {
        logits_tile<Float16, Singles>},
       {nullptr, gradient_of_rows<float, Singles>, gradient_of_rows<BFloat16, Bf16>,
        gradient_of_rows<Float16, Singles>},
-      {nullptr, gradient_of_weight<Singles>, gradient_of_weight<Bf16>,
-       gradient_of_weight<Singles>}};
+      {nullptr, gradient_of_weight<float, Singles>, gradient_of_weight<float, Bf16>,
+       gradient_of_weight<float, Singles>},
+      {nullptr, gradient_of_weight<float, Singles>, gradient_of_weight<BFloat16, Bf16>,
+       gradient_of_weight<Float16, Singles>}};
 }

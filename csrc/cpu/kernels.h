@@ -19,21 +19,26 @@ using StatisticsOfRow = void (*)(const RowStatisticsParams&, int64_t row);
 // The three matrix products of the lm_head (gemm-inl.h), a task at a time, and the sizes that the
 // caller needs to cut tasks and to allocate their workspace.
 struct Gemm {
-  int64_t rows;     // of a left panel that are used
-  int64_t left;     // stride of a left panel
-  int64_t columns;  // of a right panel
-  int64_t depth;    // vocabulary entries that gradient_of_rows takes at a time
-  int64_t panels;   // left panels in a task of gradient_of_weight
-  // By DType; none for float64.
-  void (*pack_left[4])(const void* in, int64_t rows, int64_t depth, float* panels);
+  int64_t rows;      // of a left panel
+  int64_t columns;   // of a right panel
+  int64_t panels;    // left panels in a task of gradient_of_weight
+  int64_t depth[4];  // vocabulary entries that gradient_of_rows takes at a time; all by DType
+  // Floats of a panel of that depth; none for float64.
+  int64_t (*left_size[4])(int64_t depth);
+  int64_t (*right_size[4])(int64_t depth);
+  void (*pack_rows[4])(const void* in, int64_t rows, int64_t depth, float* panels);
   void (*pack_right[4])(const void* in, int64_t rows, int64_t columns, float* panels);
   void (*logits_tile[4])(const HeadParams&, int64_t tile, float* workspace);
-  void (*gradient_of_rows[4])(const HeadParams&, int64_t first, int64_t last, float* workspace);
+  // Of the rows [first, last), from the vocabulary entries [begin, end) only.
+  void (*gradient_of_rows[4])(const HeadParams&, int64_t first, int64_t last, int64_t begin,
+                              int64_t end, float* workspace);
+  // Into a float32 gradient of the weight, or one of the weight's dtype.
   void (*gradient_of_weight[4])(const HeadParams&, int64_t block, float* workspace);
+  void (*narrow_gradient_of_weight[4])(const HeadParams&, int64_t block, float* workspace);
 };
 
 struct Kernels {
-  const char* name;               // "generic", "avx2", "avx512", "avx512_bf16"
+  const char* name;               // "generic", "avx2", "avx512", "avx512_bf16", "amx"
   ForwardRow forward[4];          // by DType
   BackwardRow backward[4];        // by DType
   StatisticsOfRow statistics[2];  // by DType: float64, float32
@@ -45,6 +50,7 @@ extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 // Rows of float64 logits, and rows whose values are so large that float32 arithmetic on them is not
@@ -55,6 +61,9 @@ void scalar_backward_row(const SeqLogpBackwardParams& params, int64_t row, int64
                          double coefficient);
 
 void scalar_statistics_of_row(const RowStatisticsParams& params, int64_t row);  // float64
+
+// Asks for large pages where the system leaves the choice to the program; a hint.
+void use_large_pages(uintptr_t address, uintptr_t bytes);
 
 // What this CPU and operating system offer: one of those names.
 const char* best_capability();

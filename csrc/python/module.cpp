@@ -52,9 +52,8 @@ py::dict build_facts() {
   facts["cpu_kernels"] = std::vector<std::string>{
       cpu::kGenericKernels.name,
 #if defined(__x86_64__)
-      cpu::kAvx2Kernels.name,
-      cpu::kAvx512Kernels.name,
-      cpu::kAvx512Bf16Kernels.name,
+      cpu::kAvx2Kernels.name,       cpu::kAvx512Kernels.name,
+      cpu::kAvx512Bf16Kernels.name, cpu::kAmxKernels.name,
 #endif
   };
   facts["cuda"] = cuda::is_built();
@@ -207,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace pyfast_dpo;
   m.def("build_facts", &build_facts);
   m.def("cpu_capability", &cpu_capability);
+  m.def("use_large_pages", &cpu::use_large_pages);
   m.def("best_cpu_capability", &cpu::best_capability);
   m.def("pair_loss_names", &names<PairLosses>);
   m.def("unpaired_loss_names", &names<UnpairedLosses>);

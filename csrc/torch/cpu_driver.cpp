@@ -85,7 +85,7 @@ void fill_gradient_row(const SeqLogpBackwardParams& p, int64_t row, bool with_na
 const cpu::Kernels& cpu_kernels() {
   const cpu::Kernels* table = cpu::kernels();
   STD_TORCH_CHECK(table != nullptr,
-                  "PYFAST_DPO_CPU_CAPABILITY must be generic, avx2, avx512 or avx512_bf16 and "
+                  "PYFAST_DPO_CPU_CAPABILITY must be generic, avx2, avx512, avx512_bf16 or amx and "
                   "available; this CPU "
                   "offers up to ",
                   cpu::best_capability());

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "torch/checks.h"
@@ -16,6 +17,12 @@ Tensor new_floats(const Tensor& like, int64_t count) {
 }
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Parts of the vocabulary with sums of their own in head_grad_rows: a fixed number, so that results
+// do not depend on the number of threads.
+constexpr int64_t kSlices = 8;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,27 +58,30 @@ void check_matrices(const char* op, const Tensor& a, const Tensor& b) {
                   describe(a), " and ", describe(b));
 }
 
-// rows [R, H], weight [V, H] -> rows weight^T [R, V] float32
-Tensor head_logits(const Tensor& rows_in, const Tensor& weight_in) {
-  const char* op = "pyfast_dpo::head_logits";
+void check_writable(const char* op, const Tensor& out) {
+  STD_TORCH_CHECK(out.is_contiguous(), op, ": out must be contiguous, got ", describe(out));
+}
+
+// out [R, V] float32 = rows [R, H] weight [V, H]^T
+void head_logits_(const Tensor& out, const Tensor& rows_in, const Tensor& weight_in) {
+  const char* op = "pyfast_dpo::head_logits_";
   check_matrices(op, rows_in, weight_in);
   const Shapes shapes{rows_in.size(0), rows_in.size(1), weight_in.size(0)};
   const Tensor rows = torch::stable::contiguous(rows_in);
   const Tensor weight =
       checked(op, "weight", weight_in, rows.scalar_type(), {shapes.vocab, shapes.hidden}, rows);
+  checked(op, "out", out, ScalarType::Float, {shapes.rows, shapes.vocab}, rows);
+  check_writable(op, out);
   HeadParams params = head_params(op, rows, weight, shapes);
   const cpu::Gemm& gemm = cpu_kernels().gemm;
   const int type = static_cast<int>(params.dtype);
-  const Tensor logits =
-      torch::stable::new_empty(rows, {shapes.rows, shapes.vocab}, ScalarType::Float);
   const Tensor packed =
-      new_floats(rows, divide_up(shapes.rows, gemm.rows) * shapes.hidden * gemm.left);
-  gemm.pack_left[type](rows.const_data_ptr(), shapes.rows, shapes.hidden, floats(packed));
+      new_floats(rows, divide_up(shapes.rows, gemm.rows) * gemm.left_size[type](shapes.hidden));
+  gemm.pack_rows[type](rows.const_data_ptr(), shapes.rows, shapes.hidden, floats(packed));
   params.packed_rows = floats(packed);
-  params.logits = floats(logits);
-  with_workspace(rows, divide_up(shapes.vocab, gemm.columns), shapes.hidden * gemm.columns,
+  params.logits = floats(out);
+  with_workspace(rows, divide_up(shapes.vocab, gemm.columns), gemm.right_size[type](shapes.hidden),
                  [&](int64_t tile, float* own) { gemm.logits_tile[type](params, tile, own); });
-  return logits;
 }
 
 // gradient [R, V] float32, weight [V, H] -> gradient weight [R, H] float32
@@ -85,52 +95,81 @@ Tensor head_grad_rows(const Tensor& gradient_in, const Tensor& weight_in) {
   HeadParams params = head_params(op, weight, weight, shapes);
   const cpu::Gemm& gemm = cpu_kernels().gemm;
   const int type = static_cast<int>(params.dtype);
+  params.logits = floats(gradient);
+  // The weight is read once, whatever the number of threads: slices of the vocabulary have sums of
+  // their own, which are added in order. Rows are divided only when there are more threads.
+  const int64_t slice =
+      divide_up(divide_up(shapes.vocab, kSlices), gemm.depth[type]) * gemm.depth[type];
+  const int64_t slices = divide_up(shapes.vocab, slice);
+  const int64_t panels = divide_up(shapes.rows, gemm.rows);
+  const int64_t parts = divide_up(torch::stable::get_num_threads(), slices);
+  const int64_t each = divide_up(panels, parts) * gemm.rows;
+  const int64_t size = shapes.rows * shapes.hidden;
+  const Tensor sums =
+      torch::stable::new_empty(weight, {slices, shapes.rows, shapes.hidden}, ScalarType::Float);
+  const int64_t tasks = each == 0 ? 0 : slices * divide_up(shapes.rows, each);
+  with_workspace(weight, tasks,
+                 each / gemm.rows * gemm.left_size[type](gemm.depth[type]) +
+                     gemm.right_size[type](gemm.depth[type]),
+                 [&](int64_t task, float* own) {
+                   const int64_t first = task / slices * each, entry = task % slices * slice;
+                   HeadParams part = params;
+                   part.grad_rows = floats(sums) + task % slices * size;
+                   gemm.gradient_of_rows[type](part, first, least(first + each, shapes.rows), entry,
+                                               least(entry + slice, shapes.vocab), own);
+                 });
   const Tensor result =
       torch::stable::new_empty(weight, {shapes.rows, shapes.hidden}, ScalarType::Float);
-  params.logits = floats(gradient);
-  params.grad_rows = floats(result);
-  // A task reads the whole weight, so tasks are as large as the threads allow.
-  const int64_t panels = divide_up(shapes.rows, gemm.rows);
-  const int64_t each = divide_up(panels, torch::stable::get_num_threads()) * gemm.rows;
-  with_workspace(weight, each == 0 ? 0 : divide_up(shapes.rows, each),
-                 (each / gemm.rows * gemm.left + gemm.columns) * gemm.depth,
-                 [&](int64_t task, float* own) {
-                   const int64_t first = task * each;
-                   const int64_t last = first + each < shapes.rows ? first + each : shapes.rows;
-                   gemm.gradient_of_rows[type](params, first, last, own);
-                 });
+  const float* part = floats(sums);
+  float* total = floats(result);
+  torch::stable::parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float sum = part[i];
+      for (int64_t k = 1; k < slices; ++k) sum += part[k * size + i];
+      total[i] = sum;
+    }
+  });
   return result;
 }
 
-// total [V, H] float32 += gradient^T rows, gradient [R, V] float32, rows [R, H]
-void head_add_grad_weight_(const Tensor& total, const Tensor& gradient_in, const Tensor& rows_in) {
-  const char* op = "pyfast_dpo::head_add_grad_weight_";
+// out [V, H], float32 or of the dtype of rows, = gradient [R, V]^T rows [R, H]; accumulate: added
+// to out, which is float32; total float32: added, where out is not float32.
+void head_grad_weight_(const Tensor& out, const Tensor& gradient_in, const Tensor& rows_in,
+                       bool accumulate, const std::optional<Tensor>& total_in) {
+  const char* op = "pyfast_dpo::head_grad_weight_";
   check_matrices(op, gradient_in, rows_in);
   const Shapes shapes{rows_in.size(0), rows_in.size(1), gradient_in.size(1)};
   const Tensor rows = torch::stable::contiguous(rows_in);
   const Tensor gradient =
       checked(op, "gradient", gradient_in, ScalarType::Float, {shapes.rows, shapes.vocab}, rows);
-  checked(op, "total", total, ScalarType::Float, {shapes.vocab, shapes.hidden}, rows);
-  STD_TORCH_CHECK(total.is_contiguous(), op, ": total must be contiguous, got ", describe(total));
+  const std::vector<int64_t> shape{shapes.vocab, shapes.hidden};
+  const bool wide = out.scalar_type() == ScalarType::Float;
+  checked(op, "out", out, wide ? ScalarType::Float : rows.scalar_type(), shape, rows);
+  check_writable(op, out);
+  const auto total = checked(op, "total", total_in, ScalarType::Float, shape, rows);
+  STD_TORCH_CHECK(wide ? !total.has_value() : !accumulate, op,
+                  ": accumulate is for a float32 out, total for any other, got ", describe(out));
   HeadParams params = head_params(op, rows, rows, shapes);
   const cpu::Gemm& gemm = cpu_kernels().gemm;
   const int type = static_cast<int>(params.dtype);
   const Tensor packed =
-      new_floats(rows, divide_up(shapes.hidden, gemm.columns) * gemm.columns * shapes.rows);
+      new_floats(rows, divide_up(shapes.hidden, gemm.columns) * gemm.right_size[type](shapes.rows));
   gemm.pack_right[type](rows.const_data_ptr(), shapes.rows, shapes.hidden, floats(packed));
   params.packed_columns = floats(packed);
   params.logits = floats(gradient);
-  params.grad_weight = floats(total);
-  with_workspace(
-      rows, divide_up(shapes.vocab, gemm.panels * gemm.rows), gemm.panels * gemm.left * shapes.rows,
-      [&](int64_t block, float* own) { gemm.gradient_of_weight[type](params, block, own); });
+  params.grad_weight = out.mutable_data_ptr();
+  params.total = accumulate ? floats(out) : total.has_value() ? floats(*total) : nullptr;
+  const auto work = (wide ? gemm.gradient_of_weight : gemm.narrow_gradient_of_weight)[type];
+  with_workspace(rows, divide_up(shapes.vocab, gemm.panels * gemm.rows),
+                 gemm.panels * gemm.left_size[type](shapes.rows),
+                 [&](int64_t block, float* own) { work(params, block, own); });
 }
 
 }  // namespace
 }  // namespace pyfast_dpo
 
 STABLE_TORCH_LIBRARY_IMPL(pyfast_dpo, CPU, m) {
-  m.impl("head_logits", TORCH_BOX(&pyfast_dpo::head_logits));
+  m.impl("head_logits_", TORCH_BOX(&pyfast_dpo::head_logits_));
   m.impl("head_grad_rows", TORCH_BOX(&pyfast_dpo::head_grad_rows));
-  m.impl("head_add_grad_weight_", TORCH_BOX(&pyfast_dpo::head_add_grad_weight_));
+  m.impl("head_grad_weight_", TORCH_BOX(&pyfast_dpo::head_grad_weight_));
 }

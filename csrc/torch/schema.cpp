@@ -34,12 +34,15 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "Tensor is_top1, Tensor log_sum_sq_probs)");
 
   // The lm_head on the CPU, float32 sums whatever the inputs. R rows, H hidden.
-  // rows [R, H], weight [V, H] -> [R, V] float32
-  m.def("head_logits(Tensor rows, Tensor weight) -> Tensor");
+  // out [R, V] float32 = rows [R, H] weight [V, H]^T
+  m.def("head_logits_(Tensor(a!) out, Tensor rows, Tensor weight) -> ()");
   // gradient [R, V] float32, weight [V, H] -> [R, H] float32
   m.def("head_grad_rows(Tensor gradient, Tensor weight) -> Tensor");
-  // total [V, H] float32 += gradient^T rows
-  m.def("head_add_grad_weight_(Tensor(a!) total, Tensor gradient, Tensor rows) -> ()");
+  // out [V, H] = gradient^T rows, float32 or in the dtype of rows; accumulate: added to a float32
+  // out; total [V, H] float32: added to what another out receives
+  m.def(
+      "head_grad_weight_(Tensor(a!) out, Tensor gradient, Tensor rows, bool accumulate, "
+      "Tensor? total) -> ()");
 
   // log-probs, lengths, margins [P] and shift [1], stat -> losses, chosen_rewards,
   // rejected_rewards [P]
