@@ -342,16 +342,17 @@ def _unpaired_loss(
     return UnpairedLoss(losses, beta * logratios.detach())
 
 
-def kto_kl(policy_kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:
+def kto_kl(policy_kl_logps: Tensor, reference_kl_logps: Tensor, *, clamp: bool = True) -> Tensor:
     """KTO's estimate of KL(policy || reference) from mismatched prompt-completion pairs.
 
     Args:
         policy_kl_logps, reference_kl_logps: `[M]` log-probs of completions under prompts that they do not
             belong to (Ethayarajh et al. 2024, section 4.1).
+        clamp: not below 0, as in the authors' code.
 
     Returns:
-        A scalar without gradient, float32 (float64 when an input is float64): the mean log-ratio, not
-        below 0; 0 for M = 0.
+        A scalar without gradient, float32 (float64 when an input is float64): the mean log-ratio; 0 for
+        M = 0.
     """
     check_tensor("kto_kl", "policy_kl_logps", policy_kl_logps)
     check_tensor("kto_kl", "reference_kl_logps", reference_kl_logps)
@@ -366,7 +367,8 @@ def kto_kl(policy_kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:
         policy_kl_logps.detach(), reference_kl_logps.detach()
     )
     assert policy is not None and reference_values is not None
-    return mean_of_losses(policy - reference_values).clamp(min=0)
+    mean = mean_of_losses(policy - reference_values)
+    return mean.clamp(min=0) if clamp else mean
 
 
 def reward_loss(

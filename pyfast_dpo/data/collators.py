@@ -65,6 +65,7 @@ class DataCollatorForUnpairedPreference:
     Args:
         pad_token_id, pad_to_multiple_of: as in `DataCollatorForPreference`.
         max_length: cuts the mismatched rows, whose two parts were cut to it with other partners.
+        mismatched: False leaves them out, for losses that need no KL estimate.
 
     Returns (from a call with a list of N examples of `prepare_unpaired`):
         `input_ids`, `attention_mask`, `labels`, int64 `[N, L]`; the same with the prefix `KL_`, int64
@@ -89,14 +90,16 @@ class DataCollatorForUnpairedPreference:
     pad_token_id: int
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    mismatched: bool = True
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         prompts = [example["prompt_ids"] for example in examples]
         completions = [example["completion_ids"] for example in examples]
-        mismatched = mismatched_completions(examples, self.max_length)
         batch = pad_rows(prompts, completions, self.pad_token_id, self.pad_to_multiple_of)
-        kl_rows = pad_rows(prompts, mismatched, self.pad_token_id, self.pad_to_multiple_of)
-        batch.update({f"KL_{name}": rows for name, rows in kl_rows.items()})
+        if self.mismatched:
+            others = mismatched_completions(examples, self.max_length)
+            kl_rows = pad_rows(prompts, others, self.pad_token_id, self.pad_to_multiple_of)
+            batch.update({f"KL_{name}": rows for name, rows in kl_rows.items()})
         batch["label"] = torch.tensor([example["label"] for example in examples], dtype=torch.bool)
         return batch
 

@@ -62,6 +62,7 @@ class SharedPromptCollatorForUnpairedPreference:
 
     Args:
         max_length: cuts the mismatched completions, which were cut to it under other prompts.
+        mismatched: False leaves them out, for losses that need no KL estimate.
 
     Returns (from a call with a list of N examples of `prepare_unpaired`): as
         `SharedPromptCollatorForPreference` for N sequences; `KL_completion_rows` for the N mismatched ones, in
@@ -69,22 +70,24 @@ class SharedPromptCollatorForUnpairedPreference:
     """
 
     max_length: int | None = None
+    mismatched: bool = True
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         prompts = [example["prompt_ids"] for example in examples]
         completions = [example["completion_ids"] for example in examples]
-        mismatched = mismatched_completions(examples, self.max_length)
-        row = pack_row(prompts + prompts, completions + mismatched)
-        tokens = [
-            2 * len(prompt) + len(completion) + len(other)
-            for prompt, completion, other in zip(prompts, completions, mismatched, strict=True)
-        ]
         count = len(examples)
+        tokens = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        if self.mismatched:
+            others = mismatched_completions(examples, self.max_length)
+            tokens = [n + len(p) + len(o) for n, p, o in zip(tokens, prompts, others, strict=True)]
+            prompts, completions = prompts + prompts, completions + others
+        row = pack_row(prompts, completions)
+        kl_rows = {"KL_completion_rows": _scored(row, count, 2 * count)} if self.mismatched else {}
         return {
             "sequence_tokens": torch.tensor(tokens),
             **_row(row),
             "completion_rows": _scored(row, 0, count),
-            "KL_completion_rows": _scored(row, count, 2 * count),
+            **kl_rows,
             "label": torch.tensor([example["label"] for example in examples], dtype=torch.bool),
             **_reference(examples),
         }

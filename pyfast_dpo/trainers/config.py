@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from pyfast_dpo._checks import check_beta, check_choice, check_weight
-from pyfast_dpo.functional import UNPAIRED_LOSS_NAMES, check_pair_options
+from pyfast_dpo.loss_table import check_pair_options
+
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 
 @dataclass
@@ -103,11 +105,10 @@ class DPOConfig(PreferenceConfig):
     """Options of `DPOTrainer`.
 
     Args:
-        loss_type: a name, or a list of names, of the pair losses of `pyfast_dpo.preference_loss`. "ipo" and
-            the other losses of averages take log-probs averaged over the tokens.
-        loss_weights: one weight for each name of a list; by default 1 each.
-        label_smoothing: in [0, 0.5), the assumed share of flipped preferences.
-        Others: as in `PreferenceConfig`, `pyfast_dpo.preference_loss` and `transformers.TrainingArguments`.
+        loss_type: a name, or a list of names, of the pair losses of `pyfast_dpo.preference_loss`.
+        loss_weights, label_smoothing, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
+            alphapo_alpha, cpo_alpha, rpo_alpha: as there.
+        Others: as in `PreferenceConfig` and `transformers.TrainingArguments`.
 
     Raises:
         ValueError: an option out of its range, or two that do not go together.
@@ -119,16 +120,19 @@ class DPOConfig(PreferenceConfig):
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
-    ld_alpha: float | None = None
-    use_weighting: bool = False
+    simpo_gamma: float = 0.5
+    alphapo_alpha: float = 0.25
+    cpo_alpha: float = 1.0
+    rpo_alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        check_pair_options("DPOConfig", self.loss_type, self.beta, self.label_smoothing)
+        check_pair_options("DPOConfig", **self.loss_options())
         super().__post_init__()
 
-    @property
-    def loss_types(self) -> list[str]:
-        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+    def loss_options(self) -> dict[str, Any]:
+        """The options of `preference_loss`."""
+        names = [f.name for f in fields(DPOConfig) if f.name not in _SHARED]
+        return {name: getattr(self, name) for name in ("beta", *names)}
 
 
 @dataclass
@@ -136,8 +140,9 @@ class KTOConfig(PreferenceConfig):
     """Options of `KTOTrainer`.
 
     Args:
-        loss_type: a name of the unpaired losses of `pyfast_dpo.kto_loss`.
+        loss_type: "kto" or "apo_zero_unpaired", of `pyfast_dpo.unpaired_loss`.
         desirable_weight, undesirable_weight: >= 0, the weights of the two classes.
+        clamp_kl: the KL estimate not below 0, as in the authors' code.
         Others: as in `PreferenceConfig` and `transformers.TrainingArguments`.
 
     Raises:
@@ -147,9 +152,13 @@ class KTOConfig(PreferenceConfig):
     loss_type: str = "kto"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    clamp_kl: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("KTOConfig", "loss_type", self.loss_type, UNPAIRED_LOSS_NAMES)
+        check_choice("KTOConfig", "loss_type", self.loss_type, KTO_LOSSES)
         check_weight("KTOConfig", "desirable_weight", self.desirable_weight)
         check_weight("KTOConfig", "undesirable_weight", self.undesirable_weight)
         super().__post_init__()
+
+
+_SHARED = {field.name for field in fields(PreferenceConfig)}

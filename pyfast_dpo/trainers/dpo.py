@@ -15,7 +15,8 @@ from pyfast_dpo.data import (
     StreamedDataset,
     prepare_pairs,
 )
-from pyfast_dpo.functional import preference_loss
+from pyfast_dpo.loss_table import couples_batch, needs_reference
+from pyfast_dpo.losses import preference_loss
 from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
 from pyfast_dpo.trainers.config import DPOConfig
 from pyfast_dpo.trainers.layout import Collator
@@ -43,7 +44,8 @@ class DPOTrainer(PreferenceTrainer):
         quantization_config: for a model given by name.
         peft_config: makes the model a PEFT model, such as `peft.LoraConfig(...)`.
 
-    Metrics: `rewards/chosen`, `rewards/rejected` (beta * (policy - reference), of summed log-probs),
+    Metrics: `rewards/chosen`, `rewards/rejected` (beta * (policy - reference), of summed log-probs; the
+    reference is 0 for losses without one),
     `rewards/accuracies`, `rewards/margins`, `logps/chosen`, `logps/rejected` (sums over the response),
     `logits/chosen`, `logits/rejected`, `entropy`, `mean_token_accuracy` (means over the response tokens,
     the last over chosen ones), `kl` (estimate of KL(policy || reference) a token, from the responses of the
@@ -59,7 +61,7 @@ class DPOTrainer(PreferenceTrainer):
 
     @staticmethod
     def _needs_reference(args: DPOConfig) -> bool:
-        return True
+        return needs_reference(args.loss_type)
 
     def _prepare_rows(
         self, rows: Rows, args: DPOConfig, name: str
@@ -90,23 +92,29 @@ class DPOTrainer(PreferenceTrainer):
                 f"got {len(rows.lengths)} rows"
             )
         pairs = len(rows.lengths) // 2
-        reference = self._reference_values(inputs)
         lengths = torch.stack(rows.counts.chunk(2), dim=1)
-        average = self.args.loss_type == "ipo"
+        reference = (
+            self._reference_values(inputs)
+            if self._needs_reference(self.args)
+            else torch.zeros_like(lengths, dtype=torch.float32)
+        )
+        coupled = couples_batch(self.args.loss_type)
 
         def pair_losses(logps: Tensor, units: slice) -> Tensor:
-            divisors = lengths[units].clamp(min=1).T if average else 1
+            units = slice(0, pairs) if coupled else units
             losses = preference_loss(
-                *(logps / divisors),
-                *(reference[units].T / divisors),
-                loss_type=self.args.loss_type,
-                beta=self.args.beta,
-                label_smoothing=self.args.label_smoothing,
+                *logps.view(2, -1),
+                *reference[units].T,
+                chosen_lengths=lengths[units, 0],
+                rejected_lengths=lengths[units, 1],
+                **self.args.loss_options(),
             ).losses
             # In float64 the mean of equal losses is that loss, to the last bit.
             return losses.sum(dtype=torch.float64) / pairs
 
-        result = self._project(model, inputs, lambda p: p.loss(rows, pair_losses, group=2))
+        result = self._project(
+            model, inputs, lambda p: p.loss(rows, pair_losses, group=None if coupled else 2)
+        )
         logps = torch.stack(result.logps.chunk(2), dim=1)
         self._add_metrics(metrics, rows, logps, reference, lengths, result.statistics)
         return result.loss, (logps, reference), lengths
@@ -124,8 +132,9 @@ class DPOTrainer(PreferenceTrainer):
         pairs = logps.shape[0]
         rewards = self.args.beta * (logps - reference)
         metrics.add("rewards/accuracies", (rewards[:, 0] > rewards[:, 1]).sum(), pairs)
-        distance = (reference - logps) / lengths.clamp(min=1)
-        metrics.add("kl", (distance.expm1() - distance).sum(), 2 * pairs)
+        if self._needs_reference(self.args):
+            distance = (reference - logps) / lengths.clamp(min=1)
+            metrics.add("kl", (distance.expm1() - distance).sum(), 2 * pairs)
         mean_logits = torch.stack(sums(statistics.mean_logits, rows).chunk(2), dim=1)
         for column, side in enumerate(("chosen", "rejected")):
             tokens = lengths[:, column].sum()

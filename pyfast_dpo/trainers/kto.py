@@ -15,7 +15,7 @@ from pyfast_dpo.data import (
     StreamedDataset,
     prepare_unpaired,
 )
-from pyfast_dpo.functional import kto_kl, kto_loss
+from pyfast_dpo.losses import kto_kl, unpaired_loss
 from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
 from pyfast_dpo.trainers.config import KTOConfig
 from pyfast_dpo.trainers.layout import Collator
@@ -44,8 +44,11 @@ class KTOTrainer(PreferenceTrainer):
 
     config_class = KTOConfig
     signature_columns = ("prompt_ids", "completion_ids", "label", "KL_completion_ids")
-    reference_columns = ("ref_logps", "ref_KL_logps")
     args: KTOConfig
+
+    @property
+    def reference_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("ref_logps", "ref_KL_logps")[: 2 if self.args.loss_type == "kto" else 1]
 
     @staticmethod
     def _needs_reference(args: KTOConfig) -> bool:
@@ -59,10 +62,11 @@ class KTOTrainer(PreferenceTrainer):
     def _collators(
         self, args: KTOConfig, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Collator, Collator]:
+        mismatched = args.loss_type == "kto"
         padded = DataCollatorForUnpairedPreference(
-            pad_token(tokenizer), args.max_length, args.pad_to_multiple_of
+            pad_token(tokenizer), args.max_length, args.pad_to_multiple_of, mismatched
         )
-        return SharedPromptCollatorForUnpairedPreference(args.max_length), padded
+        return SharedPromptCollatorForUnpairedPreference(args.max_length, mismatched), padded
 
     def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
         if "ref_logps" in inputs:
@@ -70,14 +74,15 @@ class KTOTrainer(PreferenceTrainer):
         rows, kl_inputs, kl_rows = _mismatched(inputs)
         with self._reference() as model:
             if kl_inputs is None:
+                scored = [rows] if kl_rows is None else [rows, kl_rows]
                 logps = self._project(
-                    model, inputs, lambda p: (p.sequence_logps(rows), p.sequence_logps(kl_rows))
+                    model, inputs, lambda p: [p.sequence_logps(each) for each in scored]
                 )
             else:
-                logps = (
+                logps = [
                     self._project(model, inputs, lambda p: p.sequence_logps(rows)),
                     self._project(model, kl_inputs, lambda p: p.sequence_logps(kl_rows)),
-                )
+                ]
         return torch.stack(logps, dim=1)
 
     def _loss(
@@ -85,22 +90,25 @@ class KTOTrainer(PreferenceTrainer):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         rows, kl_inputs, kl_rows = _mismatched(inputs)
         desirable = inputs["label"]
-        reference, reference_kl = self._reference_values(inputs).unbind(1)
+        reference = self._reference_values(inputs)
 
-        def kl_of(projection: Projection) -> Tensor:
+        def kl_of(projection: Projection) -> Tensor | None:
+            if kl_rows is None:
+                return None
             with torch.no_grad():
                 policy_kl = projection.sequence_logps(kl_rows)
             gather = self.accelerator.gather
-            return kto_kl(gather(policy_kl), gather(reference_kl))
+            return kto_kl(gather(policy_kl), gather(reference[:, 1]), clamp=self.args.clamp_kl)
 
         def project(projection: Projection, kl: Tensor | None) -> Any:
-            kl = kl_of(projection) if kl is None else kl
+            kl = kl_of(projection) if kl_inputs is None else kl
 
             def losses_of(logps: Tensor, units: slice) -> Tensor:
-                losses = kto_loss(
+                losses = unpaired_loss(
                     logps[0],
                     desirable[units],
-                    reference[units],
+                    reference[units, 0],
+                    loss_type=self.args.loss_type,
                     kl=kl,
                     beta=self.args.beta,
                     desirable_weight=self.args.desirable_weight,
@@ -115,9 +123,12 @@ class KTOTrainer(PreferenceTrainer):
             with torch.no_grad():
                 kl = self._project(model, kl_inputs, kl_of)
         kl, result = self._project(model, inputs, lambda p: project(p, kl))
-        metrics.add("kl", kl, 1)
-        self._add_metrics(metrics, rows, result.logps, reference, desirable, result.statistics)
-        return result.loss, (result.logps, reference), desirable
+        if kl is not None:
+            metrics.add("kl", kl, 1)
+        self._add_metrics(
+            metrics, rows, result.logps, reference[:, 0], desirable, result.statistics
+        )
+        return result.loss, (result.logps, reference[:, 0]), desirable
 
     def _add_metrics(
         self,
@@ -140,10 +151,12 @@ class KTOTrainer(PreferenceTrainer):
 
 
 def _mismatched(inputs: dict[str, Any]) -> tuple[Any, dict[str, Any] | None, Any]:
-    """(scored rows, the batch of the mismatched completions if it is one of its own, their scored rows)"""
+    """(scored rows, the batch of the mismatched completions if it is one of its own, their scored rows or
+    None if the loss needs none)"""
     rows = completion_rows(inputs)
-    if "KL_completion_rows" in inputs:
-        return rows, None, completion_rows(inputs, "KL_")
+    if "KL_input_ids" not in inputs:
+        kl_rows = completion_rows(inputs, "KL_") if "KL_completion_rows" in inputs else None
+        return rows, None, kl_rows
     kl_inputs = {
         name.removeprefix("KL_"): value for name, value in inputs.items() if name.startswith("KL_")
     }
