@@ -24,10 +24,12 @@ from pyfast_dpo.linear_losses import (
     fused_linear_kto_loss,
 )
 from pyfast_dpo.row_statistics import LinearStatistics
+from pyfast_dpo.weighting import BcoShift, ld_row_weights, ld_token_weights, wpo_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BcoShift",
     "CompletionRows",
     "FusedLinearLoss",
     "LinearStatistics",
@@ -42,6 +44,8 @@ __all__ = [
     "fused_linear_loss",
     "kto_kl",
     "kto_loss",
+    "ld_row_weights",
+    "ld_token_weights",
     "linear_sequence_logps",
     "linear_token_logps",
     "preference_loss",
@@ -49,4 +53,5 @@ __all__ = [
     "sequence_logps",
     "token_logps",
     "unpaired_loss",
+    "wpo_weights",
 ]

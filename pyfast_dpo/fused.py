@@ -14,14 +14,17 @@ from pyfast_dpo._checks import (
     check_unpaired_options,
     describe,
 )
-from pyfast_dpo.functional import (
-    Impl,
-    _seq_logp,
+from pyfast_dpo._dispatch import Impl
+from pyfast_dpo.functional import _seq_logp
+from pyfast_dpo.loss_table import (
+    LOSS_OPTIONS,
+    LossType,
     check_pair_options,
-    kto_loss,
-    mean_of_losses,
-    preference_loss,
+    takes_averages,
+    takes_only_averages,
 )
+from pyfast_dpo.losses import kto_loss, mean_of_losses, preference_loss
+from pyfast_dpo.reference import shifted_labels
 
 
 class FusedPreferenceLoss(NamedTuple):
@@ -51,7 +54,7 @@ def fused_dpo_loss(
     reference_logps: Tensor | None = None,
     reference_logits: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     average: bool | None = None,
     shift: bool = False,
@@ -59,6 +62,7 @@ def fused_dpo_loss(
     inplace_backward: bool = False,
     validate: bool | None = None,
     impl: Impl = "auto",
+    **loss_options: Any,
 ) -> FusedPreferenceLoss:
     """Mean preference loss of P pairs stacked as rows 0..P-1 chosen, P..2P-1 rejected.
 
@@ -70,10 +74,13 @@ def fused_dpo_loss(
         reference_logits: `[2P, T, V]` logits of the reference model. With neither, the reference is
             uniform (log-prob 0).
         beta, loss_type, label_smoothing: as in `preference_loss`.
-        average: average the log-probs over the tokens instead of summing them. By default for "ipo" only
+        average: average the log-probs over the tokens (True) or sum them (False), for every loss. By default
+            the losses that are defined on averages see averages and the others sums; the log-probs and
+            rewards in the result are averages when all losses take them, else sums. "ipo" takes averages
             (the authors' reading); pass False for the sums of the paper's formula.
         shift: the Hugging Face layout, where position t scores label t + 1.
         inplace_backward: the gradient overwrites `policy_logits`, see `token_logps`.
+        loss_options: the other options of `preference_loss`, such as loss_weights, margins or rpo_alpha.
 
     Returns:
         `FusedPreferenceLoss`. policy == reference gives a "sigmoid" loss of exactly ln 2.
@@ -90,12 +97,13 @@ def fused_dpo_loss(
         beta=beta,
         loss_type=loss_type,
         label_smoothing=label_smoothing,
-        average=loss_type == "ipo" if average is None else average,
+        average=average,
         shift=shift,
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
         validate=validate,
         impl=impl,
+        **loss_options,
     )
 
 
@@ -140,20 +148,29 @@ def _fused_pair_loss(
     reference_logps: Tensor | None,
     reference_logits: Tensor | None,
     beta: float,
-    loss_type: str,
+    loss_type: LossType,
     label_smoothing: float,
+    average: bool | None,
+    shift: bool,
+    ignore_index: int,
     inplace_backward: bool,
+    validate: bool | None,
     impl: Impl,
-    **options: Any,
+    **loss_options: Any,
 ) -> FusedPreferenceLoss:
     """All checks come before the work on the logits, and name the public function."""
     check_tensor(name, "policy_logits", policy_logits)
-    check_pair_options(name, loss_type, beta, label_smoothing)
+    unknown = sorted(set(loss_options) - LOSS_OPTIONS)
+    if unknown:
+        raise TypeError(f"{name}: unexpected keyword argument {unknown[0]!r}")
+    terms = check_pair_options(name, loss_type, beta, label_smoothing, **loss_options)
     if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:
         raise ValueError(
             f"{name}: policy_logits must have shape [2P, T, V], chosen rows first, then as many rejected "
             f"rows, got {describe(policy_logits)}"
         )
+    pairs = policy_logits.shape[0] // 2
+    check_per_sequence(name, pairs, policy_logits, margins=loss_options.get("margins"))
     policy, reference = _policy_and_reference_logps(
         name,
         policy_logits,
@@ -162,9 +179,15 @@ def _fused_pair_loss(
         reference_logits,
         inplace_backward,
         impl=impl,
-        **options,
+        average=takes_only_averages(terms) if average is None else average,
+        shift=shift,
+        ignore_index=ignore_index,
+        validate=validate,
     )
-    pairs = policy.shape[0] // 2
+    lengths = None
+    if average is None and takes_averages(terms) and not takes_only_averages(terms):
+        scored = (shifted_labels(labels, ignore_index) if shift else labels) != ignore_index
+        lengths = scored.sum(1)
     chosen, rejected = policy[:pairs], policy[pairs:]
     result = preference_loss(
         chosen,
@@ -174,7 +197,10 @@ def _fused_pair_loss(
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,
+        chosen_lengths=None if lengths is None else lengths[:pairs],
+        rejected_lengths=None if lengths is None else lengths[pairs:],
         impl=impl,
+        **loss_options,
     )
     return FusedPreferenceLoss(
         mean_of_losses(result.losses),

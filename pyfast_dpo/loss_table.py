@@ -78,6 +78,8 @@ PAIR_LOSSES: dict[str, PairLossSpec] = {
     "orpo": PairLossSpec("orpo", _options(), reference=False, averages="logps"),
 }
 PAIR_LOSS_NAMES = tuple(PAIR_LOSSES)
+# the keyword arguments of `preference_loss` that the functions on logits hand on
+LOSS_OPTIONS = {*OPTIONS, "loss_weights", "f_alpha_divergence_coef", "rpo_alpha"} - {_SMOOTH}
 
 
 class UnpairedLossSpec(NamedTuple):
@@ -132,9 +134,17 @@ def needs_reference(loss_type: LossType) -> bool:
     return any(PAIR_LOSSES[name].reference for name in loss_names(loss_type))
 
 
-def takes_averages(loss_type: LossType) -> bool:
-    """Whether any of the losses is defined on log-probs averaged over the tokens, so that it needs lengths."""
-    return any(PAIR_LOSSES[name].averages for name in loss_names(loss_type))
+def takes_averages(terms: Sequence[PairTerm]) -> bool:
+    """Whether any loss of the sum is defined on log-probs averaged over the tokens, so that it needs lengths."""
+    return any(term.spec.averages for term in terms)
+
+
+def takes_only_averages(terms: Sequence[PairTerm]) -> bool:
+    """Whether every loss of the sum is the same on averages as on sums and lengths."""
+    return all(
+        term.average_first or (term.spec.averages and term.divergence == REVERSE_KL)
+        for term in terms
+    )
 
 
 def couples_batch(loss_type: LossType) -> bool:

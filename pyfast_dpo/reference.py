@@ -81,7 +81,7 @@ def robust_loss(difference: Tensor, beta: float, label_smoothing: float) -> Tens
 
 def exo_pair_loss(difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """EXO for pairs (Ji et al. 2024, eq. 16)."""
-    h = beta * difference
+    h = (beta * difference).clamp(-1e30, 1e30)  # 0 * inf would be NaN
     win = torch.sigmoid(h) * (F.logsigmoid(h) - math.log1p(-label_smoothing))
     return win + torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(label_smoothing))
 

@@ -81,6 +81,53 @@ def test_pair_loss_is_the_composition(loss_type, reference, shift, dtype) -> Non
     assert gradient.dtype == dtype and torch.equal(gradient, wanted) and gradient.any()
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(
+    "loss_type, options, averaged",
+    [
+        ("simpo", {"simpo_gamma": 0.3}, True),
+        ("orpo", {}, True),
+        ("sigmoid_norm", {"label_smoothing": 0.1}, True),
+        (["sigmoid", "sft"], {"loss_weights": [1.0, 0.5]}, False),
+        ("sigmoid", {"rpo_alpha": 0.5, "margins": torch.tensor([0.1, 0.2, 0.3])}, False),
+        ("ipo", {"f_divergence_type": "forward_kl"}, False),  # divides after the divergence
+        ("aot", {}, False),
+    ],
+    ids=str,
+)
+def test_losses_of_averages_see_averages_and_the_others_sums(loss_type, options, averaged, shift):
+    policy, reference_logits, labels = batch(torch.float64)
+    policy.data /= 20  # so that no reward leaves the middle of its curve
+    sums, constants = (
+        sequence_logps(z, labels, shift=shift) for z in (policy, reference_logits / 20)
+    )
+    targets = labels[:, 1:] if shift else labels
+    lengths = (targets != -100).sum(1)
+    expected = preference_loss(
+        sums[:3], sums[3:], constants[:3], constants[3:], loss_type=loss_type,
+        chosen_lengths=lengths[:3], rejected_lengths=lengths[3:], **options,
+    )  # fmt: skip
+    fused = fused_dpo_loss(
+        policy,
+        labels,
+        reference_logits=reference_logits / 20,
+        loss_type=loss_type,
+        shift=shift,
+        **options,
+    )
+    torch.testing.assert_close(fused.losses, expected.losses)
+    logps = sums / lengths.clamp(min=1) if averaged else sums
+    torch.testing.assert_close(fused.chosen_logps, logps[:3])
+    wanted = gradient_of(mean_loss(expected.losses), policy)
+    torch.testing.assert_close(gradient_of(fused.loss, policy), wanted)
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    policy, _, labels = batch()
+    with pytest.raises(TypeError, match="fused_dpo_loss: unexpected keyword argument 'gamma'"):
+        fused_dpo_loss(policy, labels, gamma=1.0)
+
+
 @all_dtypes
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("reference", ["logps", "logits", "none"])

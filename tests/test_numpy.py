@@ -4,8 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import pyfast_dpo.numpy as dpo_np
+from pyfast_dpo import preference_loss, unpaired_loss
+from pyfast_dpo.loss_table import PAIR_LOSS_NAMES, PAIR_LOSSES
 
 
 def logprob_by_hand(logits, tokens, mask):
@@ -197,3 +200,98 @@ def test_bad_input_is_refused_by_name(call, error, words):
         call()
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
+
+
+# --- every loss, against the torch functions -------------------------------------------------------
+
+LOSS_OPTIONS = {"exo_pair": {"label_smoothing": 0.1}, "bco_pair": {"bco_shift": 0.3}}
+SUMS = {
+    "sum": (["sigmoid", "bco_pair", "sft"], {"loss_weights": [0.8, 0.2, 1.0]}),
+    "rpo": ("sigmoid", {"rpo_alpha": 0.5, "label_smoothing": 0.2}),
+    "divergence": ("robust", {"f_divergence_type": "js_divergence"}),
+}
+EVERY_LOSS = {name: (name, LOSS_OPTIONS.get(name, {})) for name in PAIR_LOSS_NAMES} | SUMS
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("loss_type, options", EVERY_LOSS.values(), ids=EVERY_LOSS)
+def test_every_pair_loss_is_the_torch_function_and_its_gradient(rng, loss_type, options, dtype):
+    logps = [-4 * rng.random(6).astype(dtype) for _ in range(4)]
+    tensors = {f"{side}_lengths": rng.integers(0, 5, 6) for side in ("chosen", "rejected")}
+    if "margins" in PAIR_LOSSES[loss_type if isinstance(loss_type, str) else "sft"].options:
+        tensors["margins"] = rng.random(6).astype(dtype)
+    result = dpo_np.preference_loss(*logps, 0.3, loss_type=loss_type, **tensors, **options)
+    leaves = [torch.from_numpy(logp).requires_grad_() for logp in logps[:2]]
+    expected = preference_loss(
+        *leaves,
+        *(torch.from_numpy(logp) for logp in logps[2:]),
+        loss_type=loss_type,
+        beta=0.3,
+        **{name: torch.from_numpy(value) for name, value in tensors.items()},
+        **options,
+    )
+    loss = expected.losses.double().mean()
+    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    tolerance = 1e-12 if dtype == np.float64 else 1e-6
+    assert result.loss == pytest.approx(loss.item(), rel=tolerance, abs=tolerance)
+    for ours, true in zip(result[2:], grads, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours, true.numpy(), rtol=10 * tolerance, atol=tolerance)
+    rewards = expected.chosen_rewards.double(), expected.rejected_rewards.double()
+    assert result.metrics["rewards/chosen"] == pytest.approx(rewards[0].mean().item(), rel=1e-6)
+    accuracy = (rewards[0] > rewards[1]).double().mean().item()
+    assert result.metrics["rewards/accuracies"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    "loss_type, constant",
+    [("kto", {"kl": 0.4}), ("apo_zero_unpaired", {}), ("bco", {"bco_shift": 0.2})],
+)
+def test_every_unpaired_loss_is_the_torch_function_and_its_gradient(rng, loss_type, constant):
+    policy, ref = (-4 * rng.random(6) for _ in range(2))
+    desirable = np.arange(6) < 4
+    options = {"desirable_weight": 0.7, "undesirable_weight": 1.5, **constant}
+    result = dpo_np.unpaired_loss(policy, desirable, ref, 0.3, loss_type=loss_type, **options)
+    leaf = torch.from_numpy(policy).requires_grad_()
+    expected = unpaired_loss(
+        leaf,
+        torch.from_numpy(desirable),
+        torch.from_numpy(ref),
+        loss_type=loss_type,
+        beta=0.3,
+        **options,
+    )
+    (grad,) = torch.autograd.grad(expected.losses.mean(), leaf)
+    assert result.loss == pytest.approx(expected.losses.mean().item(), rel=1e-12)
+    np.testing.assert_allclose(result.grad_policy, grad.numpy(), rtol=1e-12)
+    assert ("kl" in result.metrics) == (loss_type == "kto")
+
+
+def test_reward_loss_by_hand(rng):
+    chosen, rejected, margins = rng.normal(size=(3, 5))
+    result = dpo_np.reward_loss(chosen, rejected, margins=margins, center_rewards_coefficient=0.1)
+    losses = -np.log(sigmoid(chosen - rejected - margins)) + 0.1 * (chosen + rejected) ** 2
+    assert result.loss == pytest.approx(losses.mean(), rel=1e-12)
+    slope = -sigmoid(-(chosen - rejected - margins))
+    np.testing.assert_allclose(result[2], (slope + 0.2 * (chosen + rejected)) / 5)
+    np.testing.assert_allclose(result[3], (-slope + 0.2 * (chosen + rejected)) / 5)
+    assert result.metrics["rewards/accuracies"] == (chosen > rejected).mean()
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: dpo_np.preference_loss(ONES, ONES, loss_type="dpo"), ["loss_type", "'dpo'"]),
+        (lambda: dpo_np.preference_loss(ONES, ONES, ONES), ["ref_chosen_logp", "ref_rejected_logp"]),
+        (lambda: dpo_np.preference_loss(ONES, ONES, chosen_lengths=ONES), ["chosen_lengths", "rejected_lengths"]),
+        (lambda: dpo_np.preference_loss(ONES, ONES, margins=np.ones(2)), ["margins", "[2]"]),
+        (lambda: dpo_np.preference_loss(ONES, ONES, loss_type="bco_pair", bco_shift=math.inf), ["bco_shift", "inf"]),
+        (lambda: dpo_np.unpaired_loss(ONES, ONES > 0, loss_type="bco", kl=0.1), ["kl", "'bco'"]),
+        (lambda: dpo_np.reward_loss(ONES, np.ones(1)), ["rejected_rewards", "chosen_rewards"]),
+        (lambda: dpo_np.reward_loss(ONES, ONES, center_rewards_coefficient=-1), ["center_rewards_coefficient", "-1"]),
+    ],
+)  # fmt: skip
+def test_options_are_checked_by_name(call, words):
+    with pytest.raises(ValueError, match="_loss: ") as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -27,10 +27,11 @@ PFD_HD inline T log_expm1(T x) {
   return x < T(1) ? log(expm1(x)) : x + log1p(-exp(-x));
 }
 
-// slope * factor, 0 where the slope is: one that has vanished times a factor that overflows.
+// a * b with 0 * inf = 0: what has vanished times what overflows. NaN stays NaN.
 template <class T>
-PFD_HD inline T scaled(T slope, T factor) {
-  return slope == T(0) ? T(0) : slope * factor;
+PFD_HD inline T scaled(T a, T b) {
+  const T product = a * b;
+  return product == product || a != a || b != b ? product : T(0);
 }
 
 }  // namespace pyfast_dpo

@@ -95,14 +95,20 @@ class SeqLogpBackwardParams(ctypes.Structure):
 
 
 class LossParams(ctypes.Structure):
-    _names = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")
+    _names = (
+        "beta", "label_smoothing", "discopop_tau", "desirable_weight", "undesirable_weight",
+    )  # fmt: skip
     _fields_ = [(n, ctypes.c_double) for n in _names]
 
 
 class PairLossParams(ctypes.Structure):
     _fields_ = [("dtype", _INT), ("loss", _INT), ("pairs", _I64), ("params", LossParams)]
+    _fields_ += [("margin", ctypes.c_double), ("divergence", _INT)]
+    _fields_ += [("divergence_alpha", ctypes.c_double), ("average_first", _BOOL)]
     _fields_ += [(n, _PTR) for n in ("policy_chosen", "policy_rejected")]
-    _fields_ += [(n, _PTR) for n in ("reference_chosen", "reference_rejected", "grad_losses")]
+    _fields_ += [(n, _PTR) for n in ("reference_chosen", "reference_rejected")]
+    _fields_ += [(n, _PTR) for n in ("chosen_lengths", "rejected_lengths", "margins", "shift")]
+    _fields_ += [("grad_losses", _PTR)]
     _fields_ += [(n, _PTR) for n in ("losses", "chosen_rewards", "rejected_rewards")]
     _fields_ += [(n, _PTR) for n in ("grad_chosen", "grad_rejected")]
 
