@@ -1,6 +1,6 @@
 """DPO from hidden states and the lm_head's weight, forward and backward: ours, bare products, peers.
 
-    python bench/bench_linear.py [--quick] [--threads 2] [--rounds 5] [--out bench/results]
+    python bench/bench_linear.py [--quick] [--threads 2] [--rounds 5] [--case TEXT] [--out bench/results]
 
 One padded batch [chosen; rejected] with the token counts of real preference data; the loss and the gradients
 of the hidden states and (unless frozen) of the weight. Everybody gets the same batch: who projects prompt and
@@ -11,6 +11,7 @@ mathematics asks for, without any softmax, at the speed of torch's own products.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ BETA = 0.1
 FLOOR = "three torch.mm of the completion rows"
 OURS, FROZEN = "ours", "ours, frozen head"
 QUIET = 0.05
+FILE = "bench_linear.json"
 
 
 class Case(NamedTuple):
@@ -138,7 +140,12 @@ def forward_backward(batch: Batch, loss: Loss, trainable: bool = True) -> Prepar
             hidden=batch.hidden.detach().requires_grad_(),
             weight=batch.weight.detach().requires_grad_(trainable),
         )
-        return lambda: loss(leaves).backward()
+
+        def work() -> None:
+            leaves.hidden.grad = leaves.weight.grad = None  # as an optimizer leaves them
+            loss(leaves).backward()
+
+        return work
 
     return prepare
 
@@ -269,25 +276,39 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape: not a claim")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 3")
+    parser.add_argument(
+        "--case", default="", help="only cases whose name has this in it, such as V=49152, bfloat16"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args(arguments)
     start_fork_server(["torch", "pyfast_dpo"])
     torch.set_num_threads(options.threads)
     cases, rounds = (QUICK, 3) if options.quick else (CASES, 5)
-    progress = Progress(2 * len(cases))
+    chosen = [case for case in cases if options.case in str(case)]
+    kept = {} if not options.case else read_cases(options.out / FILE)
+    progress = Progress(2 * len(chosen))
     facts, missing = environment(), find_missing()
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     for name, reason in missing.items():
         print(f"skipped: {name} ({reason})")
-    results = []
-    for case in cases:
-        results.append(measure(case, missing, options.rounds or rounds, progress))
+    for case in chosen:
+        kept[str(case)] = measure(case, missing, options.rounds or rounds, progress)
         progress.done()
-        print(report(results[-1]), flush=True)
+        print(report(kept[str(case)]), flush=True)
+    results = [kept[str(case)] for case in cases if str(case) in kept]
     content = {"environment": facts, "quick": options.quick, "skipped": missing, "cases": results}
-    write_json(options.out / "bench_linear.json", content)
+    write_json(options.out / FILE, content)
     draw(content, options.out / "bench_linear.png")
-    print(f"written: {options.out}/bench_linear.json")
+    print(f"written: {options.out / FILE}")
+
+
+def read_cases(path: Path) -> dict[str, dict[str, Any]]:
+    """Earlier results, which a run of some of the cases keeps."""
+    return (
+        {case["case"]: case for case in json.loads(path.read_text())["cases"]}
+        if path.exists()
+        else {}
+    )
 
 
 if __name__ == "__main__":

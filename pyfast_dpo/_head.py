@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo import _ops
+from pyfast_dpo.reference import statistics_dtype
 
 TILE = (
     8192  # vocabulary entries of the weight's gradient at a time on CUDA: bounds its extra memory
@@ -22,6 +23,11 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
 
+    def tile(self, tile: slice) -> Head:
+        """The head of some of the vocabulary."""
+        bias = None if self.bias is None else self.bias[tile]
+        return self._replace(weight=self.weight[tile], bias=bias)
+
     def logits(self, rows: Tensor, buffer: LogitsBuffer) -> Tensor:
         """`[r, H]` -> `[r, V]` float32 (float64 for float64): never rounded to the inputs' dtype. The next
         call may overwrite them."""
@@ -30,7 +36,7 @@ class Head(NamedTuple):
         elif rows.is_cuda:
             z = torch.mm(rows, self.weight.T, out_dtype=torch.float32)
         else:
-            z = buffer.rows(rows.shape[0])
+            z = buffer.view(rows.shape[0], self.weight.shape[0], rows.device)
             _ops.head_logits_(z, rows, self.weight)
         if self.bias is not None:
             z += self.bias
@@ -60,38 +66,54 @@ class Head(NamedTuple):
 class LogitsBuffer:
     """Memory for the logits of one pass on the CPU, touched once for all of its chunks."""
 
-    def __init__(self, head: Head, rows: int) -> None:
-        self.shape, self.device = (rows, head.weight.shape[0]), head.weight.device
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
         self.memory: Tensor | None = None
 
-    def rows(self, count: int) -> Tensor:
+    def view(self, rows: int, columns: int, device: torch.device) -> Tensor:
         if self.memory is None:
-            self.memory = _ops.large_empty(self.shape, torch.float32, self.device)
-        return self.memory[:count]
+            self.memory = _ops.large_empty((self.elements,), torch.float32, device)
+        return self.memory[: rows * columns].view(rows, columns)
 
 
 class WeightGradient:
-    """Sum of gradient^T rows over the chunks of R rows in all, in float32 until the last one."""
+    """Sum of gradient^T rows over the parts of R rows in all, in float32 until the last part."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         self.weight, self.remaining = weight, rows
-        self.total: Tensor | None = None  # float32 (float64), before the last chunk
-        self.result: Tensor | None = None
+        self.by_torch = weight.is_cuda or weight.dtype == torch.float64
+        self.total: Tensor | None = None  # float32 (float64)
+        self.result: Tensor | None = None  # of the weight's dtype: what the last part writes
+        self.accumulate = False
 
-    def add(self, gradient: Tensor, rows: Tensor) -> None:
-        """gradient `[r, V]` float32, rows `[r, H]`."""
-        self.remaining -= rows.shape[0]
-        if gradient.is_cuda or gradient.dtype == torch.float64:
-            self._add_by_torch(gradient, rows)
-        elif self.remaining == 0 and rows.dtype != torch.float32:
-            self.result = self._empty(rows.dtype)
-            _ops.head_grad_weight_(self.result, gradient, rows, False, self.total)
-            self.total = None
-        else:
-            accumulate = self.total is not None
+    def start(self, rows: int) -> None:
+        """Before the next part, of that many rows."""
+        self.remaining -= rows
+        self.accumulate = self.total is not None
+        if self.by_torch:
             if self.total is None:
-                self.total = self._empty(torch.float32)
-            _ops.head_grad_weight_(self.total, gradient, rows, accumulate, None)
+                self.total = torch.zeros_like(
+                    self.weight, dtype=statistics_dtype(self.weight.dtype)
+                )
+        elif self.remaining == 0 and self.weight.dtype != torch.float32:
+            self.result = self._empty(self.weight.dtype)
+        elif self.total is None:
+            self.total = self._empty(torch.float32)
+
+    def add(self, gradient: Tensor, rows: Tensor, tile: slice) -> None:
+        """For the vocabulary entries of the tile: gradient `[r, v]` float32, rows `[r, H]`."""
+        total = None if self.total is None else self.total[tile]
+        if self.result is not None:
+            _ops.head_grad_weight_(self.result[tile], gradient, rows, False, total)
+        elif not self.by_torch:
+            _ops.head_grad_weight_(total, gradient, rows, self.accumulate, None)
+        elif total is not None and gradient.dtype == torch.float64:
+            total.addmm_(gradient.T, rows)
+        elif total is not None:
+            narrow = gradient.to(rows.dtype)
+            for first in range(0, total.shape[0], TILE):
+                part = slice(first, first + TILE)
+                total[part] += torch.mm(narrow[:, part].T, rows, out_dtype=gradient.dtype)
 
     def finish(self) -> Tensor:
         if self.result is not None:
@@ -102,17 +124,6 @@ class WeightGradient:
 
     def _empty(self, dtype: torch.dtype) -> Tensor:
         return _ops.large_empty(tuple(self.weight.shape), dtype, self.weight.device)
-
-    def _add_by_torch(self, gradient: Tensor, rows: Tensor) -> None:
-        if self.total is None:
-            self.total = torch.zeros_like(self.weight, dtype=gradient.dtype)
-        if gradient.dtype == torch.float64:
-            self.total.addmm_(gradient.T, rows)
-            return
-        narrow = gradient.to(rows.dtype)
-        for first in range(0, self.total.shape[0], TILE):
-            tile = slice(first, first + TILE)
-            self.total[tile] += torch.mm(narrow[:, tile].T, rows, out_dtype=gradient.dtype)
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Chunks of completion rows through the lm_head: log-probs, and gradients without a logits matrix.
 
 Work runs over the scored rows, and only those. A *unit* is what a loss couples: a pair, one sequence, or the
-whole batch. Units share a chunk as long as its float32 logits fit the budget; a larger unit is walked in
-pieces whose logits are computed twice (4 matrix products instead of 3, for that unit alone).
+whole batch. Units share a chunk as long as its float32 logits fit the budget. A larger unit is scored in
+pieces of its rows and waits; when all such units have their loss, their logits are computed again (4 matrix
+products instead of 3, for them alone) in tiles of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from pyfast_dpo import _ops
-from pyfast_dpo._head import Head, LogitsBuffer, WeightGradient, add_rows
+from pyfast_dpo._head import Head, LogitsBuffer, add_rows
+from pyfast_dpo._linear_scores import (
+    TILE,
+    Gradients,
+    Scored,
+    Statistics,
+    coefficients_of_rows,
+    gradient_of_logits,
+    score,
+    sums_of_sequences,
+)
 from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.reference import statistics_dtype
 from pyfast_dpo.row_statistics import LinearStatistics, row_statistics
@@ -73,71 +83,17 @@ class Plan(NamedTuple):
             )
             first = max(last, 1)
 
-    def largest_piece(self) -> int:
-        return min(self.max_rows, self.rows.index.shape[0])
+    def pieces(self, rows: int) -> list[slice]:
+        """Parts of so many rows whose logits fit the budget."""
+        return [slice(i, min(i + self.max_rows, rows)) for i in range(0, rows, self.max_rows)]
 
-    def pieces(self, chunk: Chunk) -> list[slice]:
-        """Parts of a chunk whose logits fit the budget: one, unless it is an oversize unit."""
-        size = chunk.size()
-        return [slice(i, min(i + self.max_rows, size)) for i in range(0, size, self.max_rows)]
+    def parts(self, rows: int, vocab: int) -> list[slice]:
+        """Parts of so many rows of which a tile of the vocabulary fits the budget."""
+        size = self.max_rows * vocab // min(TILE, vocab)
+        return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
-
-class Scored(NamedTuple):
-    """Logits of some rows and what their backward pass needs."""
-
-    logits: Tensor  # [1, r, V]
-    targets: Tensor  # [1, r]
-    tokens: Tensor  # [1, r] log-probs
-    statistics: tuple[Tensor, Tensor, Tensor]  # row_max, row_sum [1, r], sequence_scale [1]
-
-
-def score(states: Tensor, targets: Tensor, head: Head, buffer: LogitsBuffer) -> Scored:
-    """Valid until the next call with this buffer."""
-    logits, labels = head.logits(states, buffer).unsqueeze(0), targets.unsqueeze(0)
-    # No label is ignored here: the lowest number is none that a label has.
-    _, tokens, row_max, row_sum, scale = _ops.seq_logp(logits, labels, _NONE, False, False, False)
-    return Scored(logits, labels, tokens, (row_max, row_sum, scale))
-
-
-_NONE = torch.iinfo(torch.int64).min
-
-
-def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
-    """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias); overwrites the logits if it can."""
-    arguments = (None, coefficients.unsqueeze(0), *scored[:3], *scored.statistics, _NONE, False)
-    if head.softcap is None:
-        _ops.seq_logp_backward_(*arguments)
-        return head.backward_through_activation(scored.logits[0], scored.logits[0])
-    gradient = _ops.seq_logp_backward(*arguments)[0]
-    return head.backward_through_activation(gradient, scored.logits[0])
-
-
-class Gradients:
-    """Where the three gradients of a pass are gathered, for the inputs that ask for them."""
-
-    def __init__(
-        self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool], rows: int
-    ) -> None:
-        wide = statistics_dtype(hidden.dtype)
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight = WeightGradient(head.weight, rows) if wanted[1] else None
-        self.bias = (
-            torch.zeros_like(head.bias, dtype=wide) if wanted[2] and head.bias is not None else None
-        )
-
-    def add(self, gradient: Tensor, states: Tensor, index: Tensor, head: Head) -> None:
-        """From the gradient of the logits of the rows that `index` took from the hidden states."""
-        if self.hidden is not None:
-            add_rows(self.hidden, index, head.gradient_of_rows(gradient))
-        if self.weight is not None:
-            self.weight.add(gradient, states)
-        if self.bias is not None:
-            self.bias += gradient.sum(0)
-
-    def finish(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        weight = None if self.weight is None else self.weight.finish()
-        bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
-        return self.hidden, weight, bias
+    def buffer(self, vocab: int) -> LogitsBuffer:
+        return LogitsBuffer(min(self.max_rows, self.rows.index.shape[0]) * vocab)
 
 
 class LossOptions(NamedTuple):
@@ -166,38 +122,37 @@ class LinearLoss(torch.autograd.Function):
         # Without gradients of the head nothing but a factor a row waits for the loss.
         frozen = wanted[0] and not any(wanted[1:])
         gradients = Gradients(hidden, head, wanted, rows.index.shape[0])
-        buffer = LogitsBuffer(head, plan.largest_piece())
+        buffer = plan.buffer(weight.shape[0])
         loss = hidden.new_zeros((), dtype=torch.float64)
         logps = hidden.new_empty((plan.group, plan.units()), dtype=wide)
         kept: list[tuple[Tensor, ...]] = []
         statistics = _empty_statistics(hidden, rows.targets) if options.statistics else None
+        waiting: list[Waiting] = []
         for chunk in plan.chunks():
-            index, targets, pieces = (
-                chunk.of(rows.index),
-                chunk.of(rows.targets),
-                plan.pieces(chunk),
-            )
-            tokens = hidden.new_empty(index.shape[0], dtype=wide)
-            scored: Scored | None = None  # kept until the loss is known, when it is a single piece
+            index, targets = chunk.of(rows.index), chunk.of(rows.targets)
+            pieces = plan.pieces(index.shape[0])
+            scored: list[Scored] = []
             of_rows: list[Tensor] = []  # gradients of the rows, up to the factors that wait
             measured: list[LinearStatistics] = []
             for piece in pieces:
-                scored = score(hidden.index_select(0, index[piece]), targets[piece], head, buffer)
-                tokens[piece] = scored.tokens[0]
+                states = hidden.index_select(0, index[piece])
+                scored.append(score(states, targets[piece], head, buffer))
                 if statistics is not None:
-                    measured.append(row_statistics(scored.logits[0], targets[piece]))
+                    measured.append(row_statistics(scored[-1].logits, targets[piece]))
                 if frozen:
-                    gradient = gradient_of_logits(scored, torch.ones_like(tokens[piece]), head)
+                    ones = torch.ones_like(scored[-1].statistics.tokens)
+                    gradient = gradient_of_logits(scored[-1], ones, head)
                     of_rows.append(head.gradient_of_rows(gradient))
-                if len(pieces) > 1:
-                    scored = None
             if statistics is not None and measured:
                 for values, parts in zip(statistics, zip(*measured, strict=True), strict=True):
                     chunk.write(values, torch.cat(parts))
+            known = _joined([part.statistics for part in scored], logps)
             weights = None if options.row_weights is None else chunk.of(options.row_weights)
             counts = rows.counts.reshape(plan.group, -1)[:, chunk.units].flatten()
             own = logps[:, chunk.units]
-            own.copy_(sums_of_sequences(tokens, counts, weights, options.average).view_as(own))
+            own.copy_(
+                sums_of_sequences(known.tokens, counts, weights, options.average).view_as(own)
+            )
             value, outputs, per_sequence = _call(options.loss_fn, own, chunk.units, any(wanted))
             loss += value
             kept.append(outputs)
@@ -210,13 +165,12 @@ class LinearLoss(torch.autograd.Function):
                 for piece, part in zip(pieces, of_rows, strict=True):
                     part *= coefficients[piece].unsqueeze(1)
                     add_rows(gradients.hidden, index[piece], part)
-                continue
-            for piece in pieces:
-                states = hidden.index_select(0, index[piece])
-                again = score(states, targets[piece], head, buffer) if scored is None else scored
-                gradient = gradient_of_logits(again, coefficients[piece], head)
-                gradients.add(gradient, states, index[piece], head)
-        ctx.save_for_backward(hidden, weight, bias, *gradients.finish(head))
+            elif len(pieces) == 1:
+                gradients.add(gradient_of_logits(scored[0], coefficients, head), states, index)
+            else:
+                waiting.append(Waiting(index, targets, known, coefficients))
+        _add_waiting(gradients, hidden, waiting, plan, buffer)
+        ctx.save_for_backward(hidden, weight, bias, *gradients.finish())
         constants = (
             logps.flatten(),
             *(statistics or ()),
@@ -268,9 +222,8 @@ def _empty_statistics(like: Tensor, targets: Tensor) -> LinearStatistics:
 
 
 class LinearLogps(torch.autograd.Function):
-    """Log-prob of every scored row, and their statistics if wanted. With a frozen head the gradient of the
-    rows is computed on the way, up to the coefficient that the backward pass brings (2 products); else logits
-    are computed again (4)."""
+    """Log-prob of every scored row. With a frozen head the gradient of the rows is computed on the way, up to
+    the coefficient that the backward pass brings (2 products); else logits are computed again (4)."""
 
     @staticmethod
     def forward(
@@ -283,23 +236,24 @@ class LinearLogps(torch.autograd.Function):
     ) -> Tensor:
         head, rows = Head(weight, bias, *activation), plan.rows
         frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        wide = statistics_dtype(hidden.dtype)
-        tokens = hidden.new_empty(rows.index.shape[0], dtype=wide)
-        unit_gradient = (
-            hidden.new_empty((tokens.shape[0], hidden.shape[1]), dtype=wide) if frozen else None
-        )
-        buffer = LogitsBuffer(head, plan.largest_piece())
-        for piece in _pieces(plan):
-            scored = score(
-                hidden.index_select(0, rows.index[piece]), rows.targets[piece], head, buffer
-            )
-            tokens[piece] = scored.tokens[0]
-            if unit_gradient is not None:
-                gradient = gradient_of_logits(scored, torch.ones_like(tokens[piece]), head)
-                unit_gradient[piece] = head.gradient_of_rows(gradient)
+        buffer = plan.buffer(weight.shape[0])
+        known: list[Statistics] = []
+        of_rows: list[Tensor] = []
+        for piece in plan.pieces(rows.index.shape[0]):
+            states = hidden.index_select(0, rows.index[piece])
+            scored = score(states, rows.targets[piece], head, buffer)
+            known.append(scored.statistics)
+            if frozen:
+                gradient = gradient_of_logits(
+                    scored, torch.ones_like(scored.statistics.tokens), head
+                )
+                of_rows.append(head.gradient_of_rows(gradient))
+        statistics = _joined(known, hidden)
         ctx.activation, ctx.plan = activation, plan
-        ctx.save_for_backward(hidden, weight, bias, unit_gradient)
-        return tokens
+        ctx.save_for_backward(
+            hidden, weight, bias, *statistics, torch.cat(of_rows) if of_rows else None
+        )
+        return statistics.tokens.clone()  # what is saved is nobody's to change
 
     @staticmethod
     def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
@@ -309,24 +263,53 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, grad_tokens: Tensor) -> list[Tensor | None]:
-        hidden, weight, bias, unit_gradient = ctx.saved_tensors
-        rows, head = ctx.plan.rows, Head(weight, bias, *ctx.activation)
+        hidden, weight, bias, *known, of_rows = ctx.saved_tensors
+        plan, head = ctx.plan, Head(weight, bias, *ctx.activation)
+        rows = plan.rows
         gradients = Gradients(hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0])
-        buffer = LogitsBuffer(head, ctx.plan.largest_piece())
-        if unit_gradient is not None and gradients.hidden is not None:
-            add_rows(gradients.hidden, rows.index, grad_tokens.unsqueeze(1) * unit_gradient)
+        if of_rows is not None and gradients.hidden is not None:
+            add_rows(gradients.hidden, rows.index, grad_tokens.unsqueeze(1) * of_rows)
             return [gradients.hidden, None, None]
-        for piece in _pieces(ctx.plan):
-            index = rows.index[piece]
-            states = hidden.index_select(0, index)
-            scored = score(states, rows.targets[piece], head, buffer)
-            gradient = gradient_of_logits(scored, grad_tokens[piece], head)
-            gradients.add(gradient, states, index, head)
-        return list(gradients.finish(head))
+        everything = Waiting(rows.index, rows.targets, Statistics(*known), grad_tokens)
+        _add_waiting(gradients, hidden, [everything], plan, plan.buffer(weight.shape[0]))
+        return list(gradients.finish())
 
 
-def _pieces(plan: Plan) -> list[slice]:
-    return plan.pieces(Chunk(slice(0), [(0, plan.rows.index.shape[0])]))
+class Waiting(NamedTuple):
+    """Rows whose gradient of the logits is known but for the logits."""
+
+    where: Tensor  # [r] among the hidden states
+    targets: Tensor
+    statistics: Statistics
+    coefficients: Tensor
+
+
+def _add_waiting(
+    gradients: Gradients, hidden: Tensor, waiting: list[Waiting], plan: Plan, buffer: LogitsBuffer
+) -> None:
+    if not waiting:
+        return
+    index, targets, coefficients = (
+        torch.cat(values)
+        for values in zip(*((w.where, w.targets, w.coefficients) for w in waiting), strict=True)
+    )
+    known = _joined([w.statistics for w in waiting], coefficients)
+    for part in plan.parts(index.shape[0], gradients.head.weight.shape[0]):
+        gradients.add_by_tiles(
+            hidden.index_select(0, index[part]),
+            index[part],
+            targets[part],
+            Statistics(*(values[part] for values in known)),
+            coefficients[part],
+            buffer,
+        )
+
+
+def _joined(parts: list[Statistics], like: Tensor) -> Statistics:
+    if not parts:
+        empty = like.new_empty(0, dtype=statistics_dtype(like.dtype))
+        return Statistics(empty, empty, empty)
+    return Statistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def refuse_second(
@@ -350,37 +333,3 @@ class _RefuseSecond(torch.autograd.Function):
             "pyfast_dpo: the linear losses and log-probs have no second derivative; use impl='torch' for "
             "double backward"
         )
-
-
-class _SegmentSums(torch.autograd.Function):
-    """float64 sums of consecutive values, `counts` at a time; torch's own has no second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(counts)
-        ctx.size, ctx.dtype = values.shape[0], values.dtype
-        # unsafe: its check of the counts would wait for the device.
-        return torch.segment_reduce(values.double(), "sum", lengths=counts, axis=0, unsafe=True)
-
-    @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None]:
-        (counts,) = ctx.saved_tensors
-        return grad_sums.to(ctx.dtype).repeat_interleave(counts, output_size=ctx.size), None
-
-
-def sums_of_sequences(
-    tokens: Tensor, counts: Tensor, weights: Tensor | None, average: bool
-) -> Tensor:
-    """`[s]`: sums, or means over the rows, of consecutive tokens times their weights."""
-    sums = _SegmentSums.apply(tokens if weights is None else tokens * weights, counts)
-    return (sums / counts.clamp(min=1) if average else sums).to(tokens.dtype)
-
-
-def coefficients_of_rows(
-    per_sequence: Tensor, counts: Tensor, weights: Tensor | None, average: bool, size: int
-) -> Tensor:
-    """`[size]`: the gradient of `sums_of_sequences` for the tokens."""
-    if average:
-        per_sequence = (per_sequence / counts.clamp(min=1).double()).to(per_sequence.dtype)
-    per_row = per_sequence.repeat_interleave(counts, output_size=size)
-    return per_row if weights is None else per_row * weights

@@ -141,7 +141,7 @@ static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, i
                              int64_t end, float* workspace) {
   const int64_t panels = (last - first + kRows - 1) / kRows;
   float* left = workspace;
-  float* right = workspace + panels * kDepth * kLeft;
+  float* right = workspace + panels * Format::units(kDepth) * kLeft;
   for (int64_t v = begin; v < end; v += kDepth) {
     const int64_t depth = least(kDepth, end - v), units = Format::units(depth);
     for (int64_t i = first; i < last; i += kRows) {
@@ -212,6 +212,7 @@ static constexpr Gemm gemm() {
       kRows,
       kColumns,
       kPanels,
+      1,
       {0, kDepth, kDepth, kDepth},
       {nullptr, left_size<Singles>, left_size<Bf16>, left_size<Singles>},
       {nullptr, right_size<Singles>, right_size<Bf16>, right_size<Singles>},
