@@ -23,6 +23,8 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from pyfast_dpo.loss_table import PAIR_LOSS_NAMES, needs_reference
+from pyfast_dpo.losses import preference_loss
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from pyfast_dpo.trainers.sampling import TokenBudgetBatches
 
@@ -159,6 +161,97 @@ def test_a_collator_of_ones_own_makes_padded_batches(tmp_path, tokenizer):
         make_pairs(), processing_class=tokenizer,
     )  # fmt: skip
     assert train_log(trainer)[0]["loss"] == LN2
+
+
+# Every loss ----------------------------------------------------------------------------------------------
+
+OPTIONS = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
+
+
+def moved(trainer):
+    """The policy away from the reference, so that losses are not at their first value."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return trainer.data_collator(trainer.train_dataset.examples[:5])
+
+
+def plain(trainer, batch, model):
+    """Token log-probs `[rows, L]`, their mask, and all log-probs, from padded logits."""
+    padded = trainer._collators(trainer.args, trainer.processing_class)[1](
+        trainer.train_dataset.examples[:5]
+    )
+    logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+    labels = padded["labels"][:, 1:]
+    everything = logits[:, :-1].log_softmax(-1)
+    tokens = everything.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return tokens * (labels != -100), labels != -100, everything
+
+
+@pytest.mark.parametrize(
+    "loss_type, options",
+    [(name, OPTIONS.get(name, {})) for name in PAIR_LOSS_NAMES]
+    + [
+        (["sigmoid", "bco_pair", "sft"], {"loss_weights": [0.8, 0.2, 1.0]}),  # MPO
+        ("sigmoid", {"rpo_alpha": 0.5}),
+        ("sigmoid", {"f_divergence_type": "js_divergence"}),
+        ("sigmoid", {"ld_alpha": 0.3}),
+        ("sigmoid", {"use_weighting": True}),
+        (["sigmoid", "sft"], {"use_weighting": True, "ld_alpha": 0.0}),
+    ],
+    ids=str,
+)
+def test_every_loss_is_that_of_plain_log_probs(tmp_path, tokenizer, loss_type, options):
+    trainer = dpo_trainer(tmp_path, tokenizer, loss_type=loss_type, **options)
+    batch = moved(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    ours = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+
+    tokens, mask, everything = plain(trainer, batch, trainer.model)
+    weights = torch.ones_like(tokens)
+    if "ld_alpha" in options:
+        shared = torch.minimum(*mask.sum(1).chunk(2)).repeat(2)
+        beyond = (mask.cumsum(1) > shared.unsqueeze(1)) & mask
+        weights = weights.masked_fill(beyond, options["ld_alpha"])
+    policy = (tokens * weights).sum(1)
+    reference = [None, None]
+    if needs_reference(loss_type):
+        with torch.no_grad():
+            reference = (plain(trainer, batch, trainer.ref_model)[0] * weights).sum(1).chunk(2)
+    else:
+        assert trainer.ref_model is None
+    losses = preference_loss(
+        *policy.chunk(2), *reference, chosen_lengths=mask.sum(1).chunk(2)[0],
+        rejected_lengths=mask.sum(1).chunk(2)[1], impl="torch", **trainer.args.loss_options(),
+    ).losses  # fmt: skip
+    if options.get("use_weighting"):
+        squares = (2 * everything).logsumexp(-1)
+        pair_weights = (((tokens - squares) * mask).sum(1) / mask.sum(1)).exp().detach()
+        losses = losses * pair_weights.chunk(2)[0] * pair_weights.chunk(2)[1]
+    expected = losses.mean()
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    for name, parameter in trainer.model.named_parameters():
+        scale = float(parameter.grad.abs().max()) + 1e-7
+        assert float((ours[name] - parameter.grad).abs().max()) / scale < 1e-3, name
+
+
+def test_unpaired_loss_without_kl_has_no_mismatched_completions(tmp_path, tokenizer):
+    losses = []
+    for shared in (True, False):
+        trainer = kto_trainer(
+            tmp_path, tokenizer, make_model(), loss_type="apo_zero_unpaired", shared_prompt=shared
+        )
+        batch = trainer.data_collator(trainer.train_dataset.examples[:2])
+        assert not any(name.startswith("KL_") for name in batch)
+        log = train_log(trainer)
+        assert "kl" not in log[0]
+        losses.append([entry["loss"] for entry in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] == 0.5
 
 
 # Batches by tokens ---------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.loss_table import PAIR_LOSS_NAMES
 
-LOSSES = ("dpo", "ipo", "kto")
+LOSSES = ("dpo", "kto", *PAIR_LOSS_NAMES)  # dpo is sigmoid
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +47,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("loss")
     add = group.add_argument
-    add("--loss", "--loss_type", choices=LOSSES, default="dpo", help="default: %(default)s")
+    add(
+        "--loss", "--loss_type", choices=LOSSES, metavar="NAME", default="dpo",
+        help=f"one of {', '.join(LOSSES)} (default: %(default)s)",
+    )  # fmt: skip
     add("--beta", type=float, default=0.1, help="pull to the reference (default: %(default)s)")
-    add("--label_smoothing", type=float, help="DPO: assumed share of flipped pairs")
+    add("--label_smoothing", type=float, help="losses on pairs: assumed share of flipped ones")
     add("--desirable_weight", type=float, help="KTO: weight of the desirable rows")
     add("--undesirable_weight", type=float, help="KTO: weight of the undesirable rows")
 

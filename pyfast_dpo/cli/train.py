@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from pyfast_dpo.diagnostics.progress import ProgressTable
     from pyfast_dpo.trainers.base import PreferenceTrainer
 
-# Options of one loss only: (option, loss)
+# Options of one trainer only: (option, whether of KTO)
 _LOSS_OPTIONS = (
-    ("label_smoothing", "dpo"),
-    ("desirable_weight", "kto"),
-    ("undesirable_weight", "kto"),
+    ("label_smoothing", False),
+    ("desirable_weight", True),
+    ("undesirable_weight", True),
 )
 
 
@@ -95,9 +95,11 @@ def add_table(trainer: PreferenceTrainer) -> ProgressTable:
 
 
 def _build(options: argparse.Namespace) -> tuple[PreferenceTrainer, ProgressTable]:
-    for name, loss in _LOSS_OPTIONS:
-        if getattr(options, name) is not None and options.loss != loss:
-            raise ValueError(f"--{name} belongs to --loss {loss}, got --loss {options.loss}")
+    kto = options.loss == "kto"
+    for name, of_kto in _LOSS_OPTIONS:
+        if getattr(options, name) is not None and kto != of_kto:
+            owner = "--loss kto" if of_kto else "losses on pairs"
+            raise ValueError(f"--{name} belongs to {owner}, got --loss {options.loss}")
     rows = load_rows(options.data, split=options.split)
     eval_rows = (
         load_rows(options.eval_data, split=options.eval_split) if options.eval_data else None
@@ -113,10 +115,10 @@ def _build(options: argparse.Namespace) -> tuple[PreferenceTrainer, ProgressTabl
         for name, _ in _LOSS_OPTIONS
         if getattr(options, name) is not None
     }
-    if options.loss != "kto":
-        given["loss_type"] = "ipo" if options.loss == "ipo" else "sigmoid"
-    make_config = KTOConfig if options.loss == "kto" else DPOConfig
-    make_trainer = KTOTrainer if options.loss == "kto" else DPOTrainer
+    if not kto:
+        given["loss_type"] = "sigmoid" if options.loss == "dpo" else options.loss
+    make_config = KTOConfig if kto else DPOConfig
+    make_trainer = KTOTrainer if kto else DPOTrainer
     config = make_config(
         **training_options(
             output_dir=options.output_dir,

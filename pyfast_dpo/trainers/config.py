@@ -9,7 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from pyfast_dpo._checks import check_beta, check_choice, check_weight
-from pyfast_dpo.loss_table import check_pair_options
+from pyfast_dpo.loss_table import check_pair_options, couples_batch
+from pyfast_dpo.weighting import ld_row_weights
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
@@ -108,6 +109,10 @@ class DPOConfig(PreferenceConfig):
         loss_type: a name, or a list of names, of the pair losses of `pyfast_dpo.preference_loss`.
         loss_weights, label_smoothing, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
             alphapo_alpha, cpo_alpha, rpo_alpha: as there.
+        ld_alpha: in [0, 1], the weight of a response's tokens beyond the length of the other one
+            (`pyfast_dpo.ld_row_weights`); None for 1.
+        use_weighting: weigh pairs by the policy's own probability of the responses (WPO,
+            `pyfast_dpo.wpo_weights`); costs one more product of the lm_head.
         Others: as in `PreferenceConfig` and `transformers.TrainingArguments`.
 
     Raises:
@@ -124,14 +129,22 @@ class DPOConfig(PreferenceConfig):
     alphapo_alpha: float = 0.25
     cpo_alpha: float = 1.0
     rpo_alpha: float = 0.0
+    ld_alpha: float | None = None
+    use_weighting: bool = False
 
     def __post_init__(self) -> None:
         check_pair_options("DPOConfig", **self.loss_options())
+        if self.ld_alpha is not None:
+            ld_row_weights((), self.ld_alpha)  # checks it
+        if self.use_weighting and couples_batch(self.loss_type):
+            raise ValueError(
+                f"DPOConfig: use_weighting weighs pairs, which loss_type {self.loss_type!r} sorts apart"
+            )
         super().__post_init__()
 
     def loss_options(self) -> dict[str, Any]:
         """The options of `preference_loss`."""
-        names = [f.name for f in fields(DPOConfig) if f.name not in _SHARED]
+        names = [f.name for f in fields(DPOConfig) if f.name not in _NOT_OF_THE_LOSS]
         return {name: getattr(self, name) for name in ("beta", *names)}
 
 
@@ -161,4 +174,4 @@ class KTOConfig(PreferenceConfig):
         super().__post_init__()
 
 
-_SHARED = {field.name for field in fields(PreferenceConfig)}
+_NOT_OF_THE_LOSS = {f.name for f in fields(PreferenceConfig)} | {"ld_alpha", "use_weighting"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.data import (
     DataCollatorForPreference,
     PreparedDataset,
@@ -15,13 +17,15 @@ from pyfast_dpo.data import (
     StreamedDataset,
     prepare_pairs,
 )
+from pyfast_dpo.linear import FusedLinearLoss
 from pyfast_dpo.loss_table import couples_batch, needs_reference
 from pyfast_dpo.losses import preference_loss
 from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
 from pyfast_dpo.trainers.config import DPOConfig
 from pyfast_dpo.trainers.layout import Collator
 from pyfast_dpo.trainers.metrics import MetricAverages
-from pyfast_dpo.trainers.scoring import completion_rows, sums
+from pyfast_dpo.trainers.scoring import Projection, completion_rows, sums
+from pyfast_dpo.weighting import ld_row_weights
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -78,9 +82,18 @@ class DPOTrainer(PreferenceTrainer):
         if "ref_chosen_logps" in inputs:
             return torch.stack([inputs[name] for name in self.reference_columns], dim=1)
         rows = completion_rows(inputs)
+        weights = self._row_weights(rows)
         with self._reference() as model:
-            logps = self._project(model, inputs, lambda p: p.sequence_logps(rows))
+            logps = self._project(
+                model, inputs, lambda p: p.sequence_logps(rows, row_weights=weights)
+            )
         return torch.stack(logps.chunk(2), dim=1)
+
+    def _row_weights(self, rows: CompletionRows) -> Tensor | None:
+        alpha = self.args.ld_alpha
+        return (
+            None if alpha is None else ld_row_weights(rows.lengths, alpha, device=rows.index.device)
+        )
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], metrics: MetricAverages
@@ -99,8 +112,9 @@ class DPOTrainer(PreferenceTrainer):
             else torch.zeros_like(lengths, dtype=torch.float32)
         )
         coupled = couples_batch(self.args.loss_type)
+        row_weights = self._row_weights(rows)
 
-        def pair_losses(logps: Tensor, units: slice) -> Tensor:
+        def pair_losses(logps: Tensor, units: slice, pair_weights: Tensor | None = None) -> Tensor:
             units = slice(0, pairs) if coupled else units
             losses = preference_loss(
                 *logps.view(2, -1),
@@ -109,12 +123,21 @@ class DPOTrainer(PreferenceTrainer):
                 rejected_lengths=lengths[units, 1],
                 **self.args.loss_options(),
             ).losses
+            if pair_weights is not None:
+                losses = losses * pair_weights[units]
             # In float64 the mean of equal losses is that loss, to the last bit.
             return losses.sum(dtype=torch.float64) / pairs
 
-        result = self._project(
-            model, inputs, lambda p: p.loss(rows, pair_losses, group=None if coupled else 2)
-        )
+        def project(projection: Projection) -> FusedLinearLoss:
+            weights = _wpo_weights(projection, rows) if self.args.use_weighting else None
+            return projection.loss(
+                rows,
+                partial(pair_losses, pair_weights=weights),
+                group=None if coupled else 2,
+                row_weights=row_weights,
+            )
+
+        result = self._project(model, inputs, project)
         logps = torch.stack(result.logps.chunk(2), dim=1)
         self._add_metrics(metrics, rows, logps, reference, lengths, result.statistics)
         return result.loss, (logps, reference), lengths
@@ -145,3 +168,13 @@ class DPOTrainer(PreferenceTrainer):
         hits = sums(statistics.is_top1, rows)[:pairs].sum()
         metrics.add("mean_token_accuracy", hits, lengths[:, 0].sum())
         metrics.add("entropy", statistics.entropy.sum(), lengths.sum())
+
+
+@torch.no_grad()
+def _wpo_weights(projection: Projection, rows: CompletionRows) -> Tensor:
+    """`[P]`: `pyfast_dpo.wpo_weights` of both responses of a pair, from sums over their tokens."""
+    measured = projection.loss(rows, lambda logps, units: logps.sum())
+    assert measured.statistics is not None
+    gaps = measured.logps - sums(measured.statistics.log_sum_sq_probs, rows)
+    chosen, rejected = (gaps / rows.counts.clamp(min=1)).exp().chunk(2)
+    return chosen * rejected
