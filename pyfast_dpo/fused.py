@@ -24,7 +24,7 @@ from pyfast_dpo.loss_table import (
     takes_only_averages,
 )
 from pyfast_dpo.losses import kto_loss, mean_of_losses, preference_loss
-from pyfast_dpo.reference import shifted_labels
+from pyfast_dpo.reference import scored_lengths
 
 
 class FusedPreferenceLoss(NamedTuple):
@@ -186,8 +186,7 @@ def _fused_pair_loss(
     )
     lengths = None
     if average is None and takes_averages(terms) and not takes_only_averages(terms):
-        scored = (shifted_labels(labels, ignore_index) if shift else labels) != ignore_index
-        lengths = scored.sum(1)
+        lengths = scored_lengths(labels, shift, ignore_index)
     chosen, rejected = policy[:pairs], policy[pairs:]
     result = preference_loss(
         chosen,

@@ -14,10 +14,20 @@ from pyfast_dpo._checks import (
     check_unpaired_options,
     describe,
 )
+from pyfast_dpo._linear_checks import check_labels_or_rows
 from pyfast_dpo.completion_rows import CompletionRows
-from pyfast_dpo.functional import check_pair_options, kto_loss, preference_loss
 from pyfast_dpo.fused import FusedPreferenceLoss, FusedUnpairedLoss
 from pyfast_dpo.linear import fused_linear_loss, linear_sequence_logps
+from pyfast_dpo.loss_table import (
+    LOSS_OPTIONS,
+    LossType,
+    check_pair_options,
+    couples_batch,
+    takes_averages,
+    takes_only_averages,
+)
+from pyfast_dpo.losses import kto_loss, preference_loss
+from pyfast_dpo.reference import scored_lengths
 
 
 def fused_linear_dpo_loss(
@@ -32,10 +42,10 @@ def fused_linear_dpo_loss(
     reference_bias: Tensor | None = None,
     bias: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     average: bool | None = None,
-    **head_options: Any,
+    **options: Any,
 ) -> FusedPreferenceLoss:
     """`fused_dpo_loss` from hidden states: P pairs stacked as rows 0..P-1 chosen, P..2P-1 rejected.
 
@@ -46,8 +56,8 @@ def fused_linear_dpo_loss(
         reference_hidden: its hidden states, of the same shape but for H, with `reference_weight` `[V, H']`
             and `reference_bias` (by default the policy's own weight and bias, detached).
         beta, loss_type, label_smoothing, average: as in `fused_dpo_loss`.
-        head_options: shift, ignore_index, logit_scale, softcap, max_chunk_bytes, validate, impl, as in
-            `linear_token_logps`.
+        options: the other options of `preference_loss`, such as loss_weights or rpo_alpha; and shift,
+            ignore_index, logit_scale, softcap, max_chunk_bytes, validate, impl, as in `linear_token_logps`.
 
     Returns:
         `FusedPreferenceLoss`. Double backward raises; use impl="torch" for it.
@@ -55,8 +65,7 @@ def fused_linear_dpo_loss(
     return _pair_loss(
         "fused_linear_dpo_loss", hidden, weight, labels, rows,
         (reference_logps, reference_hidden, reference_weight, reference_bias),
-        bias, loss_type, beta, label_smoothing, loss_type == "ipo" if average is None else average,
-        head_options,
+        bias, loss_type, beta, label_smoothing, average, options,
     )  # fmt: skip
 
 
@@ -140,43 +149,70 @@ def _pair_loss(
     rows: CompletionRows | None,
     reference_forms: tuple[Tensor | None, ...],
     bias: Tensor | None,
-    loss_type: str,
+    loss_type: LossType,
     beta: float,
     label_smoothing: float,
-    average: bool,
-    head_options: dict[str, Any],
+    average: bool | None,
+    options: dict[str, Any],
 ) -> FusedPreferenceLoss:
-    check_pair_options(name, loss_type, beta, label_smoothing)
+    loss_options = {key: options[key] for key in options.keys() & LOSS_OPTIONS}
+    head_options = {key: options[key] for key in options.keys() - LOSS_OPTIONS}
+    terms = check_pair_options(name, loss_type, beta, label_smoothing, **loss_options)
     count = _sequences(name, hidden, labels, rows)
     if count % 2 or (rows is None and hidden.dim() != 3):
         raise ValueError(
             f"{name}: hidden must have shape [2P, T, H], or rows 2P sequences, chosen first, then as many "
             f"rejected, got {describe(hidden)} and {count} sequences"
         )
-    shared: dict[str, Any] = {"rows": rows, "average": average, **head_options}
-    reference = _reference_logps(name, hidden, weight, labels, count, bias, reference_forms, shared)
     pairs = count // 2
-    chosen_reference, rejected_reference = (
-        (None, None) if reference is None else (reference[:pairs], reference[pairs:])
-    )
+    margins = loss_options.pop("margins", None)
+    check_per_sequence(name, pairs, hidden, margins=margins)
+    averaged = takes_only_averages(terms) if average is None else average
+    shared: dict[str, Any] = {"rows": rows, "average": averaged, **head_options}
+    reference = _reference_logps(name, hidden, weight, labels, count, bias, reference_forms, shared)
+    lengths = None
+    if average is None and takes_averages(terms) and not averaged:
+        check_labels_or_rows(name, hidden, labels, rows)
+        lengths = rows.counts if rows is not None else _counts(labels, **head_options)
+    coupled = couples_batch(loss_type)
 
     def loss_fn(logps: Tensor, units: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+        own = slice(None) if coupled else units
+
+        def both(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            return (None, None) if values is None else (values[:pairs][own], values[pairs:][own])
+
+        chosen, rejected = logps.reshape(2, -1)
+        chosen_reference, rejected_reference = both(reference)
+        chosen_lengths, rejected_lengths = both(lengths)
         result = preference_loss(
-            logps[0],
-            logps[1],
-            None if chosen_reference is None else chosen_reference[units],
-            None if rejected_reference is None else rejected_reference[units],
+            chosen,
+            rejected,
+            chosen_reference,
+            rejected_reference,
             loss_type=loss_type,
             beta=beta,
             label_smoothing=label_smoothing,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            margins=None if margins is None else margins[own],
             impl=head_options.get("impl", "auto"),
+            **loss_options,
         )
         kept = (result.chosen_rewards, result.rejected_rewards, result.losses)
         return _share(result.losses, pairs), kept
 
-    result = fused_linear_loss(hidden, weight, labels, loss_fn, group=2, bias=bias, **shared)
+    group = None if coupled else 2
+    result = fused_linear_loss(hidden, weight, labels, loss_fn, group=group, bias=bias, **shared)
     chosen, rejected = result.logps.chunk(2) if pairs else (result.logps, result.logps)
     return FusedPreferenceLoss(result.loss, chosen, rejected, *result.outputs)
+
+
+def _counts(
+    labels: Tensor | None, shift: bool = False, ignore_index: int = -100, **_: Any
+) -> Tensor:
+    assert labels is not None
+    return scored_lengths(labels, shift, ignore_index)
 
 
 def _share(losses: Tensor, count: int) -> Tensor:

@@ -19,6 +19,11 @@ def shifted_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
+def scored_lengths(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    """Numbers of scored tokens `[B]` of labels `[B, T]`."""
+    return ((labels[:, 1:] if shift else labels) != ignore_index).sum(1)
+
+
 def seq_logp(
     logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, average: bool
 ) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,11 @@ from _helpers import DTYPES, bits, name_of, random_labels, random_logits, statis
 from torch import Tensor
 
 from pyfast_dpo import (
+    CompletionRows,
     fused_dpo_loss,
     fused_ipo_loss,
     fused_kto_loss,
+    fused_linear_dpo_loss,
     kto_loss,
     preference_loss,
     sequence_logps,
@@ -120,6 +122,40 @@ def test_losses_of_averages_see_averages_and_the_others_sums(loss_type, options,
     torch.testing.assert_close(fused.chosen_logps, logps[:3])
     wanted = gradient_of(mean_loss(expected.losses), policy)
     torch.testing.assert_close(gradient_of(fused.loss, policy), wanted)
+
+
+FROM_HIDDEN: dict[
+    str, dict[str, Any]
+] = {  # each way in which pairs, lengths and batch come together
+    "averages": {"loss_type": "simpo"},
+    "sums_and_averages": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "margins": {"rpo_alpha": 0.3, "margins": torch.tensor([0.1, 0.2, 0.3])},
+    "sorted_over_the_batch": {"loss_type": ["aot", "bco_pair"], "bco_shift": 0.1},
+}
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("rows_at_once", [3, 1000])
+@pytest.mark.parametrize("options", FROM_HIDDEN.values(), ids=FROM_HIDDEN)
+def test_from_hidden_states_the_loss_is_the_one_from_logits(options, rows_at_once, by_rows) -> None:
+    generator = torch.Generator().manual_seed(2)
+    labels = random_labels(6, 7, vocab=VOCAB, ignored=0.3)
+    hidden, weight = (
+        torch.randn(*shape, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((6, 7), (VOCAB,))
+    )
+    constants = -20 - torch.rand(6, generator=generator, dtype=torch.float64)
+    given = {"reference_logps": constants, "beta": 0.3, **options}
+    expected = fused_dpo_loss(hidden @ weight.T, labels, shift=True, **given)
+    where: dict[str, Any] = {"labels": labels, "shift": True}
+    if by_rows:
+        where = {"rows": CompletionRows.from_labels(labels, shift=True)}
+    budget = rows_at_once * VOCAB * 8
+    result = fused_linear_dpo_loss(hidden, weight, max_chunk_bytes=budget, **where, **given)
+    torch.testing.assert_close(list(result), list(expected))
+    grads = torch.autograd.grad(result.loss, (hidden, weight))
+    truth = torch.autograd.grad(expected.loss, (hidden, weight))
+    torch.testing.assert_close(grads, truth)
 
 
 def test_an_unknown_option_is_refused_by_name() -> None:
