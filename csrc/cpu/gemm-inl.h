@@ -212,6 +212,7 @@ static constexpr Gemm gemm() {
       kRows,
       kColumns,
       kPanels,
+      1,
       {0, kDepth, kDepth, kDepth},
       {nullptr, left_size<Singles>, left_size<Bf16>, left_size<Singles>},
       {nullptr, right_size<Singles>, right_size<Bf16>, right_size<Singles>},

@@ -16,6 +16,9 @@ static constexpr int64_t kTileFloats = 256;    // in a tile
 static constexpr int64_t kTileDepth = 32;      // values of depth in a tile
 static constexpr int64_t kPanel = 2 * kTile;   // rows of a left, columns of a right panel
 static constexpr int64_t kGradientPanels = 8;  // left panels a task of gradient_of_weight
+static constexpr int64_t kStrip = 8;  // right panels that gradient_of_rows packs at a time
+// The rows of a matrix are streams that lie pages apart, more than the hardware prefetches.
+static constexpr int64_t kAheadInRow = 256;
 
 // bfloat16 parts that hold a value of T.
 template <class T>
@@ -98,6 +101,7 @@ static inline void tile_of_rows(const T* in, int64_t stride, int64_t rows, int64
     __m512i parts[kParts];
     const T* row = in + (i < rows ? i * stride : 0);
     const int64_t present = i < rows ? depth : 0;
+    prefetch_bytes<kTileDepth * sizeof(T)>(row + kAheadInRow);
     split<kParts>(row, present, row + kTile, present - kTile, parts);
     for (int p = 0; p < kParts; ++p) tile[p][i] = _mm512_castsi512_ps(parts[p]);
   }
@@ -115,9 +119,8 @@ static inline void tile_of_columns(const T* in, int64_t stride, int64_t columns,
     __m512i parts[kParts];
     const T* low = in + (2 * u < depth ? 2 * u * stride : 0);
     const T* high = in + (2 * u + 1 < depth ? (2 * u + 1) * stride : 0);
-    // The panel to the right comes next: rows lie apart, where no hardware looks ahead.
-    prefetch_bytes<1>(low + kPanel);
-    prefetch_bytes<1>(high + kPanel);
+    prefetch_bytes<kTile * sizeof(T)>(low + kTileDepth * stride);
+    prefetch_bytes<kTile * sizeof(T)>(high + kTileDepth * stride);
     split<kParts>(low, 2 * u < depth ? columns : 0, high, 2 * u + 1 < depth ? columns : 0, parts);
     for (int p = 0; p < kParts; ++p) {
       tile[p][u] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, parts[p]));
@@ -152,17 +155,21 @@ static inline void panel_of_rows(const T* in, int64_t stride, int64_t rows, int6
   }
 }
 
-// A panel from kPanel columns of a matrix: right, or transposed a left panel.
+// Panels from neighbouring columns of a matrix, kPanel each: right, or transposed left panels, `size`
+// floats apart.
 template <int kParts, bool kTransposed, class T>
-static inline void panel_of_columns(const T* in, int64_t stride, int64_t columns, int64_t depth,
-                                    float* panel) {
-  for (int64_t k = 0; k < depth; k += kTileDepth, panel += block_floats<kParts>()) {
-    for (int64_t which = 0; which < 2; ++which) {
+static inline void panels_of_columns(const T* in, int64_t stride, int64_t columns, int64_t depth,
+                                     int64_t size, float* panels) {
+  for (int64_t k = 0; k < depth; k += kTileDepth, panels += block_floats<kParts>()) {
+    for (int64_t j = 0; j < columns; j += kTile) {
       __m512 tile[kParts][16];
-      const int64_t skipped = which * kTile;
-      tile_of_columns<kParts>(in + k * stride + (columns > skipped ? skipped : 0), stride,
-                              columns - skipped, depth - k, tile);
-      store_tile<kParts, kTransposed>(tile, which, panel);
+      tile_of_columns<kParts>(in + k * stride + j, stride, columns - j, depth - k, tile);
+      store_tile<kParts, kTransposed>(tile, j / kTile % 2, panels + j / kPanel * size);
+    }
+    if (columns % kPanel != 0 && columns % kPanel <= kTile) {  // the last panel's other half
+      __m512 tile[kParts][16];
+      tile_of_columns<kParts>(in, stride, 0, 0, tile);
+      store_tile<kParts, kTransposed>(tile, 1, panels + columns / kPanel * size);
     }
   }
 }
@@ -341,10 +348,8 @@ static void pack_rows(const void* in, int64_t rows, int64_t depth, float* panels
 template <class T>
 static void pack_right(const void* in, int64_t rows, int64_t columns, float* panels) {
   constexpr int kParts = Parts<T>::kCount;
-  for (int64_t j = 0; j < columns; j += kPanel, panels += panel_floats<kParts>(rows)) {
-    panel_of_columns<kParts, false>(static_cast<const T*>(in) + j, columns, columns - j, rows,
-                                    panels);
-  }
+  panels_of_columns<kParts, false>(static_cast<const T*>(in), columns, columns, rows,
+                                   panel_floats<kParts>(rows), panels);
 }
 
 template <class T>
@@ -376,13 +381,17 @@ static void gradient_of_rows(const HeadParams& p, int64_t first_row, int64_t las
       panel_of_rows<kParts, false>(p.logits + i * p.vocab + v, p.vocab, last_row - i, depth,
                                    workspace + (i - first_row) / kPanel * size);
     }
-    for (int64_t h = 0; h < p.hidden; h += kPanel) {
-      panel_of_columns<kParts, false>(static_cast<const T*>(p.weight) + v * p.hidden + h, p.hidden,
-                                      p.hidden - h, depth, right);
-      for (int64_t i = first_row; i < last_row; i += kPanel) {
-        float* out = p.grad_rows + i * p.hidden + h;
-        multiply_into<kParts>(blocks_of(depth), workspace + (i - first_row) / kPanel * size, right,
-                              v > begin ? out : nullptr, out, p.hidden, last_row - i, p.hidden - h);
+    for (int64_t strip = 0; strip < p.hidden; strip += kStrip * kPanel) {
+      const int64_t columns = least(kStrip * kPanel, p.hidden - strip);
+      panels_of_columns<kParts, false>(static_cast<const T*>(p.weight) + v * p.hidden + strip,
+                                       p.hidden, columns, depth, size, right);
+      for (int64_t j = 0; j < columns; j += kPanel) {
+        for (int64_t i = first_row; i < last_row; i += kPanel) {
+          float* out = p.grad_rows + i * p.hidden + strip + j;
+          multiply_into<kParts>(blocks_of(depth), workspace + (i - first_row) / kPanel * size,
+                                right + j / kPanel * size, v > begin ? out : nullptr, out, p.hidden,
+                                last_row - i, columns - j);
+        }
       }
     }
   }
@@ -395,17 +404,16 @@ static void gradient_of_weight(const HeadParams& p, int64_t block, float* worksp
   const int64_t first_entry = block * kGradientPanels * kPanel;
   const int64_t last_entry = least(p.vocab, first_entry + kGradientPanels * kPanel);
   const int64_t size = panel_floats<kParts>(p.rows);
-  for (int64_t v = first_entry; v < last_entry; v += kPanel) {
-    panel_of_columns<kParts, true>(p.logits + v, p.vocab, p.vocab - v, p.rows,
-                                   workspace + (v - first_entry) / kPanel * size);
-  }
-  for (int64_t v = first_entry; v < last_entry; v += kPanel) {
-    for (int64_t h = 0; h < p.hidden; h += kPanel) {
+  panels_of_columns<kParts, true>(p.logits + first_entry, p.vocab, last_entry - first_entry, p.rows,
+                                  size, workspace);
+  for (int64_t h = 0; h < p.hidden; h += kPanel) {
+    for (int64_t v = first_entry; v < last_entry; v += kPanel) {
       const int64_t offset = v * p.hidden + h;
-      multiply_into<kParts>(
-          blocks_of(p.rows), workspace + (v - first_entry) / kPanel * size,
-          p.packed_columns + h / kPanel * size, p.total == nullptr ? nullptr : p.total + offset,
-          static_cast<Out*>(p.grad_weight) + offset, p.hidden, p.vocab - v, p.hidden - h);
+      multiply_into<kParts>(blocks_of(p.rows), workspace + (v - first_entry) / kPanel * size,
+                            p.packed_columns + h / kPanel * size,
+                            p.total == nullptr ? nullptr : p.total + offset,
+                            static_cast<Out*>(p.grad_weight) + offset, p.hidden, p.vocab - v,
+                            p.hidden - h);
     }
   }
 }
@@ -414,6 +422,7 @@ static constexpr Gemm gemm() {
   return {kPanel,
           kPanel,
           kGradientPanels,
+          kStrip,
           {0, gradient_depth(3), gradient_depth(1), gradient_depth(2)},
           {nullptr, panel_floats<3>, panel_floats<1>, panel_floats<2>},
           {nullptr, panel_floats<3>, panel_floats<1>, panel_floats<2>},

@@ -22,6 +22,7 @@ struct Gemm {
   int64_t rows;      // of a left panel
   int64_t columns;   // of a right panel
   int64_t panels;    // left panels in a task of gradient_of_weight
+  int64_t strip;     // right panels that gradient_of_rows packs at a time
   int64_t depth[4];  // vocabulary entries that gradient_of_rows takes at a time; all by DType
   // Floats of a panel of that depth; none for float64.
   int64_t (*left_size[4])(int64_t depth);

@@ -110,7 +110,7 @@ Tensor head_grad_rows(const Tensor& gradient_in, const Tensor& weight_in) {
   const int64_t tasks = each == 0 ? 0 : slices * divide_up(shapes.rows, each);
   with_workspace(weight, tasks,
                  each / gemm.rows * gemm.left_size[type](gemm.depth[type]) +
-                     gemm.right_size[type](gemm.depth[type]),
+                     gemm.strip * gemm.right_size[type](gemm.depth[type]),
                  [&](int64_t task, float* own) {
                    const int64_t first = task / slices * each, entry = task % slices * slice;
                    HeadParams part = params;
