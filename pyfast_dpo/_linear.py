@@ -295,14 +295,15 @@ def _add_waiting(
     )
     known = _joined([w.statistics for w in waiting], coefficients)
     for part in plan.parts(index.shape[0], gradients.head.weight.shape[0]):
-        gradients.add_by_tiles(
+        of_rows = gradients.add_by_tiles(
             hidden.index_select(0, index[part]),
-            index[part],
             targets[part],
             Statistics(*(values[part] for values in known)),
             coefficients[part],
             buffer,
         )
+        if gradients.hidden is not None and of_rows is not None:
+            add_rows(gradients.hidden, index[part], of_rows)
 
 
 def _joined(parts: list[Statistics], like: Tensor) -> Statistics:

@@ -101,14 +101,14 @@ class Gradients:
     def add_by_tiles(
         self,
         states: Tensor,
-        index: Tensor,
         targets: Tensor,
         statistics: Statistics,
         coefficients: Tensor,
         buffer: LogitsBuffer,
-    ) -> None:
+    ) -> Tensor | None:
         """From rows whose statistics and coefficients are known: their logits are computed again, a part of
-        the vocabulary at a time, so that the weight's gradient is passed over once for all of them."""
+        the vocabulary at a time, so that the weight's gradient is passed over once for all of them. Returns
+        the rows' own gradient `[r, H]`."""
         vocab = self.head.weight.shape[0]
         of_rows: Tensor | None = None
         if self.weight is not None:
@@ -123,8 +123,7 @@ class Gradients:
             if self.hidden is not None:
                 part = head.gradient_of_rows(gradient)
                 of_rows = part if of_rows is None else of_rows.add_(part)
-        if self.hidden is not None and of_rows is not None:
-            add_rows(self.hidden, index, of_rows)
+        return of_rows
 
     def _add_to_head(self, gradient: Tensor, states: Tensor, tile: slice) -> None:
         if self.weight is not None:
