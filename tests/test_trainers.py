@@ -177,32 +177,33 @@ def plain_ipo(model, reference, batch, beta, epsilon):
 
 
 @pytest.mark.parametrize(
-    "loss_type, label_smoothing, plain, accumulation",
+    "loss_type, label_smoothing, plain, accumulation, learning_rate",
     [
-        ("sigmoid", 0.0, plain_dpo, 1),
-        ("sigmoid", 0.2, plain_dpo, 1),
-        ("ipo", 0.0, plain_ipo, 1),
-        ("sigmoid", 0.0, plain_dpo, 2),  # the mean of the means of the micro-batches
+        ("sigmoid", 0.0, plain_dpo, 1, 0.1),
+        ("sigmoid", 0.2, plain_dpo, 1, 0.1),
+        ("ipo", 0.0, plain_ipo, 1, 0.02),  # steeper: at 0.1 steps would magnify float32's rounding
+        ("sigmoid", 0.0, plain_dpo, 2, 0.1),  # the mean of the means of the micro-batches
     ],
 )
 def test_trajectory_of_a_plain_padded_loop(
-    tmp_path, tokenizer, loss_type, label_smoothing, plain, accumulation
+    tmp_path, tokenizer, loss_type, label_smoothing, plain, accumulation, learning_rate
 ):
-    steps, rows = 6, make_pairs(24)
+    steps, rows = 10, make_pairs(24)
     trainer = dpo_trainer(
         tmp_path, tokenizer, make_model(), rows=rows, max_steps=steps, loss_type=loss_type,
         label_smoothing=label_smoothing, gradient_accumulation_steps=accumulation, beta=0.3,
-        lr_scheduler_type="constant", optim="sgd", max_grad_norm=0, learning_rate=0.1, seed=3,
+        lr_scheduler_type="constant", optim="sgd", max_grad_norm=1e9, learning_rate=learning_rate, seed=3,
         train_sampling_strategy="sequential", per_device_train_batch_size=2,
     )  # fmt: skip
-    ours = [entry["loss"] for entry in train_log(trainer)]
+    log = train_log(trainer)
+    ours, norms = ([entry[name] for entry in log] for name in ("loss", "grad_norm"))
 
     model = make_model()
     reference = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     examples = prepare_pairs(rows, tokenizer, max_length=32).examples
     collator = DataCollatorForPreference(tokenizer.pad_token_id)
-    expected = []
+    expected, expected_norms = [], []
     for step in range(steps):
         losses = []
         for part in range(accumulation):
@@ -211,10 +212,13 @@ def test_trajectory_of_a_plain_padded_loop(
             loss = plain(model, reference, batch, 0.3, label_smoothing) / accumulation
             loss.backward()
             losses.append(float(loss.detach()))
+        gradients = [p.grad for p in model.parameters()]
+        expected_norms.append(float(torch.nn.utils.get_total_norm(gradients)))
         optimizer.step()
         optimizer.zero_grad()
         expected.append(sum(losses))
     assert ours == pytest.approx(expected, rel=1e-4)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
     assert ours[-1] != pytest.approx(ours[0], rel=1e-3)  # it did move
 
 
