@@ -25,9 +25,8 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 48, 24  # of each: the check costs a fraction o
 # What two right ways of calling a model may differ by. The layouts, by the norm of the difference of their hidden
 # states over the norm: float32 layouts differ by 1e-6. The heads, by the mean over the responses of nats a token:
 # a half type's own logits are rounded by up to 0.06.
-LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-HALF_LAYOUT_TOLERANCE, HALF_HEAD_TOLERANCE = 0.05, 0.1
+TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 1e-3)}
+HALF_TOLERANCES = 0.05, 0.1
 
 
 class Ways(NamedTuple):
@@ -72,6 +71,13 @@ def choose_ways(
     short = [_shortened(example) for example in examples]
     device = next(inner.parameters()).device
     measured = bool(short) and device.type != "meta"
+    with context():
+        narrow = torch.is_autocast_enabled(device.type) or (
+            device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        )
+    layout_tolerance, head_tolerance = (
+        HALF_TOLERANCES if narrow else TOLERANCES.get(inner.dtype, HALF_TOLERANCES)
+    )
     was_training = model.training
     model.eval()
 
@@ -98,7 +104,7 @@ def choose_ways(
             Exception
         ) as error:  # whatever a model of somebody else's raises, the other way remains
             return f"{type(error).__name__}: {error}"
-        if difference <= HEAD_TOLERANCE.get(inner.dtype, HALF_HEAD_TOLERANCE):
+        if difference <= head_tolerance:
             return None
         return f"its log-probs differ by {difference:.2g} nats a token from those of the model's own logits"
 
@@ -111,7 +117,7 @@ def choose_ways(
             difference = float((result - truth).norm() / truth.norm())
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        if difference <= LAYOUT_TOLERANCE.get(inner.dtype, HALF_LAYOUT_TOLERANCE):
+        if difference <= layout_tolerance:
             return None
         return f"its hidden states differ by {difference:.2g} of their norm from those of the padded layout"
 
