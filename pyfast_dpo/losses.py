@@ -256,7 +256,7 @@ def unpaired_loss(
         is_desirable: `[N]` bool.
         reference_logps: `[N]`, constants.
         loss_type: "kto" (Ethayarajh et al. 2024, eq. 8), "apo_zero_unpaired" (D'Oosterlinck et al. 2024,
-            eq. 7, of single responses) or "bco" (Jung et al. 2024, eq. 8).
+            eq. 7, of single responses) or "bco" (Jung et al. 2024).
         kl: for "kto" only, and needed there: one number, a constant, the estimate of
             KL(policy || reference), see `kto_kl`.
         bco_shift: for "bco" only: one number, a constant, see `BcoShift`; 0 by default.

@@ -76,7 +76,7 @@ def sigmoid_loss(difference: Tensor, beta: float, label_smoothing: float) -> Ten
 
 
 def robust_loss(difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO (Chowdhury et al. 2024, eq. 12)."""
+    """Robust DPO (Chowdhury et al. 2024)."""
     h = beta * difference
     if label_smoothing == 0:
         return -F.logsigmoid(h)
@@ -103,13 +103,13 @@ def discopop_loss(difference: Tensor, beta: float, tau: float) -> Tensor:
 
 
 def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """NCA for pairs (Chen et al. 2024, eq. 11)."""
+    """NCA for pairs (Chen et al. 2024)."""
     c, r = beta * chosen, beta * rejected
     return -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r)
 
 
 def bco_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """BCO for pairs (Jung et al. 2024, eq. 8)."""
+    """BCO for pairs (Jung et al. 2024)."""
     return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
 
 
@@ -252,7 +252,7 @@ def bco_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Tensor:
-    """BCO (Jung et al. 2024, eq. 8), kl the shift / beta."""
+    """BCO (Jung et al. 2024), kl the shift / beta."""
     desirable = -desirable_weight * F.logsigmoid(beta * (logratios - kl))
     undesirable = -undesirable_weight * F.logsigmoid(beta * (kl - logratios))
     return torch.where(is_desirable, desirable, undesirable)

@@ -14,7 +14,7 @@ from pyfast_dpo.reference import shifted_labels
 def ld_token_weights(
     labels: Tensor, ld_alpha: float, *, shift: bool = False, ignore_index: int = -100
 ) -> Tensor:
-    """Weights of the tokens of stacked pairs for length-desensitised DPO (LD-DPO, Liu et al. 2024, eq. 9).
+    """Weights of the tokens of stacked pairs for length-desensitised DPO (LD-DPO, Liu et al. 2024).
 
     The log-prob of a response becomes the sum over as many tokens as both responses have plus ld_alpha times
     the sum over the rest: `(token_logps(logits, labels) * weights).sum(-1)`, for the policy and for the
@@ -75,7 +75,7 @@ def wpo_weights(
     mask: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Weight of every sequence for WPO (Zhou et al. 2024, eq. 2 with the alignment of section 3.3):
+    """Weight of every sequence for WPO (Zhou et al. 2024, eq. 2, with weights aligned by the expected probability):
 
         exp(mean over the tokens of (log p(token) - log sum_v p(v)^2))
 
@@ -123,7 +123,7 @@ def wpo_weights(
 
 
 class BcoShift:
-    """The running shift of BCO (Jung et al. 2024, section 3.3): the mean of all the rewards seen so far.
+    """The running shift of BCO (Jung et al. 2024): the mean of all the rewards seen so far.
 
         shift = BcoShift()
         delta = shift.update(rewards)  # of this batch, both kinds of responses

@@ -51,7 +51,7 @@ struct Sigmoid : OfDifference {
   }
 };
 
-// Robust DPO (Chowdhury et al. 2024, eq. 12), unbiased under a share e of flipped preferences:
+// Robust DPO (Chowdhury et al. 2024), unbiased under a share e of flipped preferences:
 //   (-(1 - e) log sigmoid(h) + e log sigmoid(-h)) / (1 - 2 e)
 //     = log(1 + e^-|h|) + (-e if h > 0 else 1 - e) |h| / (1 - 2 e).
 struct Robust : OfDifference {
@@ -68,7 +68,7 @@ struct Robust : OfDifference {
   }
 };
 
-// Hinge, SLiC (Zhao et al. 2023; Liu et al. 2024 as a loss of log-ratios): max(0, 1 - h).
+// Hinge, SLiC (Zhao et al. 2023; of log-ratios Liu et al. 2023): max(0, 1 - h).
 struct Hinge : OfDifference {
   static constexpr const char* name = "hinge";
   template <class T>
@@ -127,7 +127,7 @@ struct DiscoPop : OfDifference {
 
 // --- losses of both -----------------------------------------------------------------------------
 
-// NCA for pairs (Chen et al. 2024, eq. 11 with K = 2):
+// NCA for pairs (Chen et al. 2024):
 //   -log sigmoid(beta c) - 1/2 log sigmoid(-beta c) - 1/2 log sigmoid(-beta r).
 struct NcaPair : OfBoth {
   static constexpr const char* name = "nca_pair";
@@ -140,7 +140,7 @@ struct NcaPair : OfBoth {
   }
 };
 
-// BCO for pairs (Jung et al. 2024, eq. 8): -log sigmoid(beta c - shift) - log sigmoid(shift - beta
+// BCO for pairs (Jung et al. 2024): -log sigmoid(beta c - shift) - log sigmoid(shift - beta
 // r); evaluate_pair has taken the shift off both.
 struct BcoPair : OfBoth {
   static constexpr const char* name = "bco_pair";

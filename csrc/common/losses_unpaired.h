@@ -28,7 +28,7 @@ struct Kto {
   }
 };
 
-// BCO (Jung et al. 2024, eq. 8): -w log sigmoid(+-(beta logratio - shift)), with kl = shift / beta.
+// BCO (Jung et al. 2024): -w log sigmoid(+-(beta logratio - shift)), with kl = shift / beta.
 struct Bco {
   static constexpr const char* name = "bco";
   template <class T>
