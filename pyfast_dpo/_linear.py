@@ -184,7 +184,8 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 5
-        inputs, gradients = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # once: checkpointing allows no second look
+        inputs, gradients = saved[:3], list(saved[3:])
         # loss.backward() brings 1: then the weight's gradient needs no copy. Looking costs a wait on a GPU.
         if grad_loss.is_cuda or grad_loss.item() != 1.0:
             with torch.no_grad():
@@ -257,13 +258,14 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = LinearLogps.gradients(ctx, grad_tokens)
-        return *refuse_second(gradients, ctx.saved_tensors[:3]), None, None
+            gradients = LinearLogps.gradients(ctx, grad_tokens, *saved)
+        return *refuse_second(gradients, saved[:3]), None, None
 
     @staticmethod
-    def gradients(ctx: Any, grad_tokens: Tensor) -> list[Tensor | None]:
-        hidden, weight, bias, *known, of_rows = ctx.saved_tensors
+    def gradients(ctx: Any, grad_tokens: Tensor, *saved: Tensor) -> list[Tensor | None]:
+        hidden, weight, bias, *known, of_rows = saved
         plan, head = ctx.plan, Head(weight, bias, *ctx.activation)
         rows = plan.rows
         gradients = Gradients(hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
@@ -15,6 +19,22 @@ from pyfast_dpo._checks import (
 )
 from pyfast_dpo._head import Head
 from pyfast_dpo.completion_rows import CompletionRows
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_graphs(function: Function) -> Function:
+    """Under torch.compile the function runs as it is, between two graphs: a pass walks chunks whose number
+    depends on the batch, and calls the user's loss. Not torch.compiler.disable at once: that imports the
+    compiler, which takes as long as importing torch."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return cast(Function, run)
 
 
 def checked_head(

@@ -159,13 +159,14 @@ class VocabParallelLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = VocabParallelLogps.gradients(ctx, grad_tokens)
-        return *refuse_second(gradients, ctx.saved_tensors[:3]), None, None, None, None
+            gradients = VocabParallelLogps.gradients(ctx, grad_tokens, *saved)
+        return *refuse_second(gradients, saved[:3]), None, None, None, None
 
     @staticmethod
-    def gradients(ctx: Any, grad_tokens: Tensor) -> list[Tensor | None]:
-        hidden, weight, bias, *known = ctx.saved_tensors
+    def gradients(ctx: Any, grad_tokens: Tensor, *saved: Tensor) -> list[Tensor | None]:
+        hidden, weight, bias, *known = saved
         activation, plan, vocab_start, group = ctx.options
         rows, head = plan.rows, Head(weight, bias, *activation)
         gradients = Gradients(hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0])

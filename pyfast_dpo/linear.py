@@ -3,6 +3,7 @@
 Only scored positions are projected: prompt and padding never reach the lm_head. Logits exist for one chunk
 of whole units at a time, in float32 whatever the inputs, within `max_chunk_bytes`. With a trainable head a
 loss costs three matrix products of the scored rows, with a frozen head (LoRA) two, the reference one.
+Under torch.compile these functions run between two graphs (a graph break).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pyfast_dpo._linear_checks import (
     check_row_weights,
     checked_head,
     completion_rows,
+    outside_graphs,
     rows_in_budget,
     under_autocast,
 )
@@ -47,6 +49,7 @@ class FusedLinearLoss(NamedTuple):
     statistics: LinearStatistics | None  # [R] each, with statistics=True
 
 
+@outside_graphs
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -91,6 +94,7 @@ def linear_token_logps(
     return tokens.view(labels.shape)
 
 
+@outside_graphs
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -123,6 +127,7 @@ def linear_sequence_logps(
     return sums if labels is None else sums.view(labels.shape[:-1])
 
 
+@outside_graphs
 def fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -14,7 +14,7 @@ from pyfast_dpo._checks import (
     check_unpaired_options,
     describe,
 )
-from pyfast_dpo._linear_checks import check_labels_or_rows
+from pyfast_dpo._linear_checks import check_labels_or_rows, outside_graphs
 from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.fused import FusedPreferenceLoss, FusedUnpairedLoss
 from pyfast_dpo.linear import fused_linear_loss, linear_sequence_logps
@@ -30,6 +30,7 @@ from pyfast_dpo.losses import kto_loss, preference_loss
 from pyfast_dpo.reference import scored_lengths
 
 
+@outside_graphs
 def fused_linear_dpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -69,6 +70,7 @@ def fused_linear_dpo_loss(
     )  # fmt: skip
 
 
+@outside_graphs
 def fused_linear_ipo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -92,6 +94,7 @@ def fused_linear_ipo_loss(
     )  # fmt: skip
 
 
+@outside_graphs
 def fused_linear_kto_loss(
     hidden: Tensor,
     weight: Tensor,
