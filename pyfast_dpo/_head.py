@@ -64,7 +64,8 @@ class Head(NamedTuple):
 
 
 class LogitsBuffer:
-    """Memory for the logits of one pass on the CPU, touched once for all of its chunks."""
+    """Memory for the logits of one pass on the CPU: to touch fresh memory takes longer than a product that
+    fills it, so the chunks share it."""
 
     def __init__(self, elements: int) -> None:
         self.elements = elements
@@ -72,7 +73,7 @@ class LogitsBuffer:
 
     def view(self, rows: int, columns: int, device: torch.device) -> Tensor:
         if self.memory is None:
-            self.memory = _ops.large_empty((self.elements,), torch.float32, device)
+            self.memory = torch.empty(self.elements, dtype=torch.float32, device=device)
         return self.memory[: rows * columns].view(rows, columns)
 
 
@@ -123,7 +124,7 @@ class WeightGradient:
         return self.total.to(self.weight.dtype)
 
     def _empty(self, dtype: torch.dtype) -> Tensor:
-        return _ops.large_empty(tuple(self.weight.shape), dtype, self.weight.device)
+        return torch.empty_like(self.weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -174,15 +174,6 @@ def _(out, gradient, rows, accumulate, total):
     return None
 
 
-def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, on the CPU in large pages where the system leaves that to the program: to touch fresh
-    memory page by page takes longer than the products that fill it."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.device.type == "cpu":
-        _C.use_large_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
 # --- double backward: refused by name, never a wrong number -----------------------------------------
 
 

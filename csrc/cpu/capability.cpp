@@ -8,7 +8,6 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -72,15 +71,6 @@ const Kernels* choose() {
 }
 
 }  // namespace
-
-void use_large_pages(uintptr_t address, uintptr_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t begin = (address + kPage - 1) / kPage * kPage,
-                  end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 const char* best_capability() { return kTables[detect_level()]->name; }
 

@@ -63,9 +63,6 @@ void scalar_backward_row(const SeqLogpBackwardParams& params, int64_t row, int64
 
 void scalar_statistics_of_row(const RowStatisticsParams& params, int64_t row);  // float64
 
-// Asks for large pages where the system leaves the choice to the program; a hint.
-void use_large_pages(uintptr_t address, uintptr_t bytes);
-
 // What this CPU and operating system offer: one of those names.
 const char* best_capability();
 

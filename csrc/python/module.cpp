@@ -206,7 +206,6 @@ PYBIND11_MODULE(_C, m) {
   using namespace pyfast_dpo;
   m.def("build_facts", &build_facts);
   m.def("cpu_capability", &cpu_capability);
-  m.def("use_large_pages", &cpu::use_large_pages);
   m.def("best_cpu_capability", &cpu::best_capability);
   m.def("pair_loss_names", &names<PairLosses>);
   m.def("unpaired_loss_names", &names<UnpairedLosses>);
