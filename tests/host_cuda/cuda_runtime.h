@@ -128,6 +128,8 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(bits));

@@ -82,7 +82,7 @@ class RowLabels(ctypes.Structure):
 class SeqLogpParams(ctypes.Structure):
     _fields_ = [("logits", _PTR), ("batch_stride", _I64), ("row_stride", _I64), ("dtype", _INT)]
     _fields_ += [("rows", RowLabels)]
-    _fields_ += [(n, _PTR) for n in ("token_logps", "row_max", "row_sum")]
+    _fields_ += [(n, _PTR) for n in ("token_logps", "row_max", "row_sum", "slices")]
     _fields_ += [(n, _PTR) for n in ("sequence_logps", "sequence_scale")] + [("average", _BOOL)]
 
 
@@ -91,6 +91,7 @@ class SeqLogpBackwardParams(ctypes.Structure):
     _fields_ += [("rows", RowLabels)]
     _fields_ += [(n, _PTR) for n in ("token_logps", "row_max", "row_sum", "sequence_scale")]
     _fields_ += [(n, _PTR) for n in ("grad_sequence", "grad_token", "grad_logits")]
+    _fields_ += [("grad_dtype", _INT)]
     _fields_ += [("grad_batch_stride", _I64), ("grad_row_stride", _I64)]
 
 
@@ -189,6 +190,10 @@ class HostCuda:
         view = memory.as_strided(values.shape, (batch_stride, row_stride, 1), offset)
         return view.copy_(values)
 
+    def slices(self, dtype: torch.dtype, vocab: int) -> int:
+        """How many blocks work on a row."""
+        return self.lib.pfd_seq_logp_slices(DTYPES.index(dtype), _I64(vocab))
+
     def seq_logp(
         self,
         logits: Tensor,
@@ -204,6 +209,8 @@ class HostCuda:
             *(self.full((batch, length), stat) for _ in range(3)),
             *(self.full((batch,), stat) for _ in range(2)),
         )
+        extra = self.slices(logits.dtype, logits.shape[-1]) - 1
+        slices = self.full((extra, 2, batch, length), stat)
         params = SeqLogpParams(
             logits=logits.data_ptr(),
             batch_stride=logits.stride(0),
@@ -211,6 +218,7 @@ class HostCuda:
             dtype=DTYPES.index(logits.dtype),
             rows=self._row_labels(logits, labels, shift, ignore_index),
             average=average,
+            slices=slices.data_ptr() if slices.numel() else None,
             **{name: tensor.data_ptr() for name, tensor in out._asdict().items()},
         )
         self.call("seq_logp_forward", params)
@@ -241,6 +249,7 @@ class HostCuda:
             grad_sequence=None if grad_sequence is None else grad_sequence.data_ptr(),
             grad_token=None if grad_token is None else grad_token.data_ptr(),
             grad_logits=out.data_ptr(),
+            grad_dtype=DTYPES.index(out.dtype),
             grad_batch_stride=out.stride(0),
             grad_row_stride=out.stride(1),
         )

@@ -20,6 +20,9 @@ void pfd_sizes(int64_t* sizes) {
 int pfd_pair_loss_index(const char* name) { return PairLosses::index_of(name); }
 int pfd_unpaired_loss_index(const char* name) { return UnpairedLosses::index_of(name); }
 
+int pfd_seq_logp_slices(int dtype, int64_t vocab) {
+  return static_cast<int>(cuda::seq_logp_slices(static_cast<DType>(dtype), vocab));
+}
 int pfd_seq_logp_forward(const SeqLogpParams* params) {
   return cuda::seq_logp_forward(*params, nullptr);
 }
