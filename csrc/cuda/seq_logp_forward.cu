@@ -180,11 +180,18 @@ __device__ __forceinline__ RowResult<S> finish_row(const SumExp<S>& others, S z)
 template <class S>
 __device__ __forceinline__ RowResult<S> merge_slices(const SeqLogpParams& params, const Cut& cut,
                                                      int64_t row) {
+  [[maybe_unused]] constexpr int kAtOnce =
+      sizeof(S) == 8 ? 1 : 4;  // loads in flight; doubles would spill
   SumExp<S> others;
-#pragma unroll 2
+#pragma unroll kAtOnce
+  for (int slice = 0; slice < cut.slices; ++slice) {
+    others.top = fmax(others.top, results_of_slice<S>(params, cut.rows, slice).tops[row]);
+  }
+  const S base = others.base();
+#pragma unroll kAtOnce
   for (int slice = 0; slice < cut.slices; ++slice) {
     const SliceResults<S> results = results_of_slice<S>(params, cut.rows, slice);
-    others = others.merge({results.tops[row], results.sums[row]});
+    others.sum += multiply(results.sums[row], exp(results.tops[row] - base));
   }
   return finish_row(others, static_cast<const S*>(params.token_logps)[row]);
 }

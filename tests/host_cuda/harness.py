@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +137,38 @@ class HostCuda:
         self.lib.pfd_guarded_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t, _BOOL]
         self.lib.pfd_guarded_free.argtypes = [_PTR]
         self.lib.pfd_set_order.argtypes = [_INT, ctypes.c_uint64]
+        self.lib.pfd_skip_barrier.argtypes = [ctypes.c_char_p, _INT]
+        self.lib.pfd_launched_kernels.argtypes = [ctypes.POINTER(_PTR), ctypes.c_size_t]
+        self.lib.pfd_launched_kernels.restype = ctypes.c_size_t
+        self.path = library
 
     def set_order(self, name: str, seed: int = 0) -> None:
         self.lib.pfd_set_order(ORDERS[name], seed)
+
+    @contextmanager
+    def without_barrier(self, file: str, line: int) -> Iterator[None]:
+        self.lib.pfd_skip_barrier(file.encode(), line)
+        try:
+            yield
+        finally:
+            self.lib.pfd_skip_barrier(b"", 0)
+
+    def kernels(self) -> tuple[set[str], set[str]]:
+        """Names of all kernels in the library (functions called ..._kernel), and of those that have run."""
+        lines = run(["nm", "-C", str(self.path)]).splitlines()
+        symbols = {
+            int(line.split()[0], 16): line.split(" ", 2)[2] for line in lines if line[0] != " "
+        }
+        anchor = next(a for a, name in symbols.items() if name == "pfd_launched_kernels")
+        base = ctypes.cast(self.lib.pfd_launched_kernels, _PTR).value - anchor
+        launched = (_PTR * 1000)()
+        count = self.lib.pfd_launched_kernels(launched, len(launched))
+        names = {
+            address: name
+            for address, name in symbols.items()
+            if re.search(r"::\w+_kernel(<.*>)?\(.*\)$", name) and "::launch_kernel<" not in name
+        }
+        return set(names.values()), {names[address - base] for address in launched[:count]}
 
     def call(self, name: str, params: ctypes.Structure) -> None:
         code = getattr(self.lib, f"pfd_{name}")(ctypes.byref(params))

@@ -46,6 +46,12 @@ const char* pfd_error_string(int code) { return cuda::error_string(code); }
 void pfd_set_order(int order, uint64_t seed) {
   host_cuda::set_order(static_cast<host_cuda::Order>(order), seed);
 }
+void pfd_skip_barrier(const char* file_suffix, int line) {
+  host_cuda::skip_barrier(file_suffix, line);
+}
+size_t pfd_launched_kernels(const void** kernels, size_t capacity) {
+  return host_cuda::launched_kernels(kernels, capacity);
+}
 void* pfd_guarded_alloc(size_t bytes, size_t alignment, bool from_start) {
   return host_cuda::guarded_alloc(bytes, alignment, from_start);
 }
