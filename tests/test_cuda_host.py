@@ -467,7 +467,8 @@ def test_no_barrier_could_be_left_out(library: HostCuda, file: str, line: int) -
         scores = library.seq_logp(logits, labels)
         ones = torch.ones(70)
         grad = library.seq_logp_backward(logits, labels, scores, ones, out=logits.clone())
-        return [bits(tensor) for tensor in (*scores, grad)]
+        entropy, *_ = library.row_statistics(library.copy(logits[:, 0]), library.copy(labels[:, 0]))
+        return [bits(tensor) for tensor in (*scores, grad, entropy)]
 
     library.set_order("forward")
     expected = results()

@@ -123,6 +123,12 @@ class UnpairedLossParams(ctypes.Structure):
     _fields_ += [(n, _PTR) for n in ("losses", "rewards", "grad_policy")]
 
 
+class RowStatisticsParams(ctypes.Structure):
+    _fields_ = [("logits", _PTR), ("dtype", _INT), ("rows", _I64), ("vocab", _I64)]
+    _fields_ += [(n, _PTR) for n in ("targets", "entropy", "mean_logits")]
+    _fields_ += [(n, _PTR) for n in ("is_top1", "log_sum_sq_probs")]
+
+
 class KernelError(RuntimeError):
     pass
 
@@ -287,6 +293,25 @@ class HostCuda:
         )
         self.call("seq_logp_backward", params)
         return out
+
+    def row_statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """entropy, mean_logits, is_top1, log_sum_sq_probs `[R]` of logits `[R, V]`."""
+        rows, vocab = logits.shape
+        is_top1 = self.copy(torch.zeros(rows, dtype=torch.bool))
+        entropy, mean, log_sum_sq = (self.full((rows,), logits.dtype) for _ in range(3))
+        params = RowStatisticsParams(
+            logits=logits.data_ptr(),
+            dtype=DTYPES.index(logits.dtype),
+            rows=rows,
+            vocab=vocab,
+            targets=targets.data_ptr(),
+            entropy=entropy.data_ptr(),
+            mean_logits=mean.data_ptr(),
+            is_top1=is_top1.data_ptr(),
+            log_sum_sq_probs=log_sum_sq.data_ptr(),
+        )
+        self.call("row_statistics", params)
+        return entropy, mean, is_top1, log_sum_sq
 
     def _row_labels(
         self, logits: Tensor, labels: Tensor, shift: bool, ignore_index: int

@@ -15,6 +15,7 @@ void pfd_sizes(int64_t* sizes) {
   sizes[1] = sizeof(SeqLogpBackwardParams);
   sizes[2] = sizeof(PairLossParams);
   sizes[3] = sizeof(UnpairedLossParams);
+  sizes[4] = sizeof(RowStatisticsParams);
 }
 
 int pfd_pair_loss_index(const char* name) { return PairLosses::index_of(name); }
@@ -40,6 +41,9 @@ int pfd_unpaired_loss_forward(const UnpairedLossParams* params) {
 }
 int pfd_unpaired_loss_backward(const UnpairedLossParams* params) {
   return cuda::unpaired_loss_backward(*params, nullptr);
+}
+int pfd_row_statistics(const RowStatisticsParams* params) {
+  return cuda::row_statistics(*params, nullptr);
 }
 const char* pfd_error_string(int code) { return cuda::error_string(code); }
 
