@@ -55,11 +55,11 @@ class Head(NamedTuple):
         return gradient
 
     def gradient_of_rows(self, gradient: Tensor) -> Tensor:
-        """`[r, V]` float32 -> `[r, H]` float32: gradient W."""
+        """`[r, V]` float32, or on CUDA the weight's dtype -> `[r, H]` float32: gradient W."""
         if gradient.dtype == torch.float64:
             return gradient @ self.weight
         if gradient.is_cuda:
-            return torch.mm(gradient.to(self.weight.dtype), self.weight, out_dtype=gradient.dtype)
+            return torch.mm(gradient.to(self.weight.dtype), self.weight, out_dtype=torch.float32)
         return _ops.head_grad_rows(gradient, self.weight)
 
 
@@ -129,7 +129,9 @@ class WeightGradient:
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """total[index] += rows; an index may occur more than once."""
     rows = rows.to(total.dtype)
-    if total.is_cuda:  # sorted, so deterministic; index_add_ would add by atomics
-        total.index_put_((index,), rows, accumulate=True)
+    if total.is_cuda:
+        # Sorted, so deterministic; index_add_ would add by atomics. Unsafe: index_put_ may wait for the device
+        # to check the range of the index, which CompletionRows' index_select has used already.
+        torch.ops.aten._index_put_impl_(total, [index], rows, accumulate=True, unsafe=True)
     else:  # many times faster than index_put_ on the CPU
         total.index_add_(0, index, rows)
