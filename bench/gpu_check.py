@@ -55,7 +55,7 @@ class Check:
         """Exit status (124: past the limit), output and seconds; the end of the output is printed."""
         print(f"\n$ {' '.join(command)}", flush=True)
         start = time.monotonic()
-        limit = max(5.0, min(limit, self.deadline - start))
+        limit = max(1.0, min(limit, self.deadline - start))
         try:
             done = subprocess.run(
                 command,

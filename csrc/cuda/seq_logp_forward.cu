@@ -92,14 +92,15 @@ __device__ __forceinline__ void add_round(SumExp<StatT<T>>& state, const uint4 (
 // lies in memory. So the order of the sum, and its bits, do not depend on the row's place in the
 // batch. Reads nothing outside the row.
 template <class T, int kWords>
-__device__ __forceinline__ SumExp<StatT<T>> sum_others(const T* row, int64_t vocab, int target,
+__device__ __forceinline__ SumExp<StatT<T>> sum_others(const T* row, int64_t vocab, int64_t target,
                                                        int first, int last) {
   constexpr int kN = kLanes<T>;
   const int low = kWords == kAligned ? 0 : 1;  // vectors [low, high) are loaded whole
   const int high = min(static_cast<int>(vocab / kN) - low, last);
   SumExp<StatT<T>> state;
   int start = first + static_cast<int>(threadIdx.x);
-  int to_target = target / kN - start;  // vectors from here to the target's
+  const int target_lane = static_cast<int>(target % kN);
+  int to_target = static_cast<int>(target / kN) - start;  // vectors from here to the target's
   for (; start < last; start += kRound, to_target -= kRound) {
     uint4 raw[kInFlight];
     if (start >= low && start + (kRound - kThreads) < high) {
@@ -123,7 +124,7 @@ __device__ __forceinline__ SumExp<StatT<T>> sum_others(const T* row, int64_t voc
     if (static_cast<unsigned>(to_target) < kRound && to_target % kThreads == 0) {
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        raw[i] = without_lane<T>(raw[i], i == to_target / kThreads ? target % kN : kN);
+        raw[i] = without_lane<T>(raw[i], i == to_target / kThreads ? target_lane : kN);
       }
     }
     add_round<T>(state, raw);
@@ -144,12 +145,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     const T* z = static_cast<const T*>(params.logits) +
                  row / params.rows.length * params.batch_stride +
                  row % params.rows.length * params.row_stride;
+    // Asked for before the sum, needed after it.
+    S z_target = S(0);
+    if (slice == 0 && threadIdx.x == 0) z_target = Element<T>::widen(z[target]);
     const int64_t vocab = params.rows.vocab;
     const int first = slice * cut.vectors;
     const int last =
         min(first + cut.vectors, static_cast<int>((vocab + kLanes<T> - 1) / kLanes<T>));
     SumExp<S> others = dispatch_alignment(z, [&](auto alignment) {
-      return sum_others<T, alignment.words>(z, vocab, static_cast<int>(target), first, last);
+      return sum_others<T, alignment.words>(z, vocab, target, first, last);
     });
     others = block_reduce<kThreads>(others);
     if (threadIdx.x == 0) {
@@ -157,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
       results.tops[row] = others.top;
       results.sums[row] = others.sum;
       // The target's logit waits where its log-probability will be.
-      if (slice == 0) static_cast<S*>(params.token_logps)[row] = Element<T>::widen(z[target]);
+      if (slice == 0) static_cast<S*>(params.token_logps)[row] = z_target;
     }
   }
 }
