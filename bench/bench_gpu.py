@@ -340,7 +340,11 @@ def main() -> int:
     if options.predict:
         from gpu_predict import predict
 
-        figures = predict(PLAN)
+        try:
+            figures = predict(PLAN)
+        except FileNotFoundError as error:  # nvdisasm: pip install nvidia-cuda-nvdisasm
+            print(f"bench_gpu.py --predict: {error}", file=sys.stderr)
+            return 2
         print(figures.pop("table"))
     else:
         build = pyfast_dpo.build_info()

@@ -84,16 +84,17 @@ def of_pass(gpu: Gpu, name: str, loop: Loop) -> Prediction:
 def linear_step(
     gpu: Gpu, shape: tuple[int, int, int, int], chunk_bytes: int, frozen: bool
 ) -> dict[str, Any]:
-    """Time of the products, and of what else moves memory between them if nothing overlaps."""
+    """Time of the bare products, and of what else is moved between them, if nothing overlaps."""
     sequences, length, width, vocab = shape
     rows = sequences * length
     chunks = -(-rows // (chunk_bytes // (4 * vocab)))
     products = (2 if frozen else 3) * 2 * rows * width * vocab
-    # float32 logits: written by the product, read by the log-sum-exp; read for the gradient, which is written
-    # as a half and read by the next products.
-    logits = rows * vocab * (4 + 4 + 4 + 2 + (2 if frozen else 4))
-    # The weight's float32 gradient, a tile at a time: written by the product, read and added to the total.
-    accumulate = 0 if frozen else chunks * vocab * width * (4 + 4 + 4 + 4)
+    # Logits in float32, not in a half type, 2; read by the log-sum-exp, 4; read for the gradient, 4, which is
+    # written as a half, 2. The products that read it do so in the floor too.
+    logits = rows * vocab * (2 + 4 + 4 + 2)
+    # The weight's float32 gradient, a tile at a time: written by the product, read and added to the total;
+    # the total rounded to the weight's dtype at the end.
+    accumulate = 0 if frozen else vocab * width * (chunks * (4 + 4 + 4 + 4) + 4)
     product_ms = products / gpu.flops * 1e3
     moved_ms = (logits + accumulate) / gpu.bytes_per_s * 1e3
     return {
