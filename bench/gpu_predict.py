@@ -92,11 +92,14 @@ def linear_step(
     # Logits in float32, not in a half type, 2; read by the log-sum-exp, 4; read for the gradient, 4, which is
     # written as a half, 2. The products that read it do so in the floor too.
     logits = rows * vocab * (2 + 4 + 4 + 2)
-    # The weight's float32 gradient, a tile at a time: written by the product, read and added to the total;
-    # the total rounded to the weight's dtype at the end.
-    accumulate = 0 if frozen else vocab * width * (chunks * (4 + 4 + 4 + 4) + 4)
+    # The weight's gradient: those of the logits gathered, 2 + 2, and multiplied 2 H rows at a time; the
+    # product in float32, written and read, 8; a total of earlier products read and written, 8; the floor's
+    # own product wrote 2, as the last one here does.
+    products_of_many = -(-rows // (2 * width))
+    gathered = 0 if frozen else rows * vocab * 4
+    accumulate = 0 if frozen else vocab * width * (8 + (products_of_many - 1) * 16)
     product_ms = products / gpu.flops * 1e3
-    moved_ms = (logits + accumulate) / gpu.bytes_per_s * 1e3
+    moved_ms = (logits + gathered + accumulate) / gpu.bytes_per_s * 1e3
     return {
         "gpu": gpu.name,
         "frozen": frozen,
@@ -104,7 +107,7 @@ def linear_step(
         "chunks": chunks,
         "tflop": products / 1e12,
         "logits_gb": logits / 1e9,
-        "weight_gradient_gb": accumulate / 1e9,
+        "weight_gradient_gb": (gathered + accumulate) / 1e9,
         "products_ms": product_ms,
         "moved_ms": moved_ms,
         "over_products": (product_ms + moved_ms) / product_ms,

@@ -15,6 +15,13 @@ TILE = (
 )
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right of half matrices, in float32 without rounding; what tests call on the CPU is the same."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 class Head(NamedTuple):
     """logits = softcap * tanh(logit_scale * (x W^T + bias) / softcap); softcap None: no tanh."""
 
@@ -34,7 +41,7 @@ class Head(NamedTuple):
         if rows.dtype == torch.float64:
             z = rows @ self.weight.T
         elif rows.is_cuda:
-            z = torch.mm(rows, self.weight.T, out_dtype=torch.float32)
+            z = wide_product(rows, self.weight.T)
         else:
             z = buffer.view(rows.shape[0], self.weight.shape[0], rows.device)
             _ops.head_logits_(z, rows, self.weight)
@@ -59,7 +66,7 @@ class Head(NamedTuple):
         if gradient.dtype == torch.float64:
             return gradient @ self.weight
         if gradient.is_cuda:
-            return torch.mm(gradient.to(self.weight.dtype), self.weight, out_dtype=torch.float32)
+            return wide_product(gradient.to(self.weight.dtype), self.weight)
         return _ops.head_grad_rows(gradient, self.weight)
 
 

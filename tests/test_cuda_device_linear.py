@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pyfast_dpo
 from pyfast_dpo import CompletionRows
+from pyfast_dpo._head import TILE, WeightGradient
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Step = Callable[["Batch"], list[Tensor]]
@@ -149,6 +150,26 @@ def test_statistics(statistics: bool) -> None:
         logps = (states @ batch.weight.detach().double().T).log_softmax(-1)
         truth = -(logps.exp() * logps).sum(-1).cpu()
         check("entropy", out.statistics.entropy.cpu(), truth, truth, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[5], [5, 9], [20, 20, 20, 1], [70], [33, 64, 2]], ids=str
+)  # of chunks; 32 rows of halves, or 16 floats, are multiplied at once
+def test_gathered_gradient_of_the_weight(sizes: list[int], dtype: torch.dtype) -> None:
+    vocab, width = TILE + 300, 16
+    gradient = WeightGradient(torch.zeros(vocab, width, dtype=dtype, device=DEVICE), sum(sizes))
+    truth = torch.zeros(vocab, width, dtype=torch.float64)
+    for size in sizes:
+        part, rows = (torch.randn(size, n).to(DEVICE, dtype) for n in (vocab, width))
+        truth += part.cpu().double().T @ rows.cpu().double()
+        gradient.remaining -= size
+        gradient.gather(part, rows)
+    ours = gradient.finish()
+    assert ours.dtype == dtype and not gradient.gathered
+    # Rounded once: half a last place, and the last places of float32 sums.
+    tolerance = 0.51 * torch.finfo(dtype).eps * truth.abs() + 1e-6 * sum(sizes)
+    check("weight", ours.cpu(), truth, truth, tolerance)
 
 
 @contextmanager
