@@ -184,15 +184,14 @@ __device__ __forceinline__ RowResult<S> finish_row(const SumExp<S>& others, S z)
 template <class S>
 __device__ __forceinline__ RowResult<S> merge_slices(const SeqLogpParams& params, const Cut& cut,
                                                      int64_t row) {
-  [[maybe_unused]] constexpr int kAtOnce =
-      sizeof(S) == 8 ? 1 : 4;  // loads in flight; doubles would spill
+  // Unrolled for loads in flight: with few rows nothing else hides their latency.
   SumExp<S> others;
-#pragma unroll kAtOnce
+#pragma unroll 4
   for (int slice = 0; slice < cut.slices; ++slice) {
     others.top = fmax(others.top, results_of_slice<S>(params, cut.rows, slice).tops[row]);
   }
   const S base = others.base();
-#pragma unroll kAtOnce
+#pragma unroll 4
   for (int slice = 0; slice < cut.slices; ++slice) {
     const SliceResults<S> results = results_of_slice<S>(params, cut.rows, slice);
     others.sum += multiply(results.sums[row], exp(results.tops[row] - base));
@@ -202,7 +201,8 @@ __device__ __forceinline__ RowResult<S> merge_slices(const SeqLogpParams& params
 
 // One block a sequence. Doubles, so that 32k tokens lose nothing; a sequence is short beside a row.
 template <class S>
-__global__ void __launch_bounds__(kSequenceThreads) sequence_kernel(SeqLogpParams params, Cut cut) {
+__global__ void __launch_bounds__(kSequenceThreads, 1)
+    sequence_kernel(SeqLogpParams params, Cut cut) {
   const int64_t length = params.rows.length;
   for (int64_t sequence = blockIdx.x; sequence < params.rows.batch; sequence += gridDim.x) {
     Total total;
