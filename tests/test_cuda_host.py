@@ -86,7 +86,7 @@ SHAPES = [
     (1, 2, 50257),  # an odd vocabulary from the field
     (1, 70, 12),  # more rows than blocks in the grid
     (2, 1, 61445),  # three slices of halves, six of floats; odd: the second row is misaligned
-    (1, 33, 20488),  # two slices of halves, 66 of them: more than blocks in the grid
+    (1, 33, 24584),  # two slices of halves, 66 of them: more than blocks in the grid
 ]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "aligned": {},
@@ -107,9 +107,9 @@ def test_shapes(cuda: HostCuda, shape: tuple[int, int, int], dtype: torch.dtype)
 
 def test_how_rows_are_cut(cuda: HostCuda) -> None:
     """A function of the vocabulary alone, or a row's bits would depend on the batch."""
-    slices = {vocab: cuda.slices(torch.bfloat16, vocab) for vocab in (1, 20480, 20481, 151936)}
-    assert slices == {1: 1, 20480: 1, 20481: 2, 151936: 8}
-    assert cuda.slices(torch.float32, 151936) == 15 and cuda.slices(torch.float64, 5121) == 2
+    slices = {vocab: cuda.slices(torch.bfloat16, vocab) for vocab in (1, 24576, 24577, 151936)}
+    assert slices == {1: 1, 24576: 1, 24577: 2, 151936: 7}
+    assert cuda.slices(torch.float32, 151936) == 13 and cuda.slices(torch.float64, 6145) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -117,8 +117,8 @@ def test_how_rows_are_cut(cuda: HostCuda) -> None:
 def test_a_target_in_every_part_of_a_row(cuda: HostCuda, offset: int, dtype: torch.dtype) -> None:
     """At the ends of slices, vectors and rounds, in rows of any alignment: it is left out once."""
     lanes = 16 // torch.empty(0, dtype=dtype).element_size()
-    vocab = 2560 * lanes + 3 * lanes + 3  # two slices, a vector that is not whole
-    cut = (vocab // lanes + 1 + 1) // 2 * lanes
+    cut = 3072 * lanes  # where the second slice starts
+    vocab = cut + 3 * lanes + 3  # and ends with a vector that is not whole
     last = vocab - 1
     targets = [0, lanes - 1, lanes, 256 * lanes, 1023 * lanes, 1024 * lanes, cut - 1, cut]
     targets += [last - 4 * lanes, last - 3, last - 2, last]
@@ -429,7 +429,7 @@ def test_order_of_threads_does_not_matter(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
-    "vocab", [4096, 4101, 20501]
+    "vocab", [4096, 4101, 24601]
 )  # odd: every place in the batch has another alignment; more slices than one
 def test_neighbours_do_not_matter(cuda: HostCuda, vocab: int, dtype: torch.dtype) -> None:
     values, labels = random_rows(3, 3, vocab)

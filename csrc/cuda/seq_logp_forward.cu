@@ -22,24 +22,20 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kInFlight = 4;  // 16-byte loads that a thread issues before it uses the first
 constexpr int kRound = kThreads * kInFlight;  // vectors that a block takes at a time
-// 40 KiB: 64 rows of 151936 halves make 512 blocks, one wave of a device with 132 multiprocessors.
-constexpr int kSliceVectors = 2560;
+// Whole rounds, since one that is not full costs the same; 48 KiB: 64 rows of 151936 halves make
+// 384 blocks of three rounds, close to three for each of 132 multiprocessors, which hold four at a
+// time.
+constexpr int kSliceVectors = 3 * kRound;
 constexpr int kSequenceThreads = 512;
 
 // Registers for 1024 threads of a multiprocessor; doubles need twice as many.
 template <class T>
 constexpr int kBlocksPerProcessor = sizeof(T) == 8 ? 2 : 4;
 
-template <class T>
-int64_t vectors_of(int64_t vocab) {
-  return (vocab + kLanes<T> - 1) / kLanes<T>;
-}
-
-// How every row is cut. (Vectors are counted in 32 bits: 2^31 of them are 34 GB.)
+// How every row is cut: kSliceVectors a slice, the last one may have fewer.
 struct Cut {
   int64_t rows;
   int slices;
-  int vectors;  // of a slice; the last one may have fewer
 };
 
 // Where the maximum and the sum of a slice of a row are kept: the first slice's where the row's
@@ -149,9 +145,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     S z_target = S(0);
     if (slice == 0 && threadIdx.x == 0) z_target = Element<T>::widen(z[target]);
     const int64_t vocab = params.rows.vocab;
-    const int first = slice * cut.vectors;
+    // Vectors are counted in 32 bits: 2^31 of them are 34 GB.
+    const int first = slice * kSliceVectors;
     const int last =
-        min(first + cut.vectors, static_cast<int>((vocab + kLanes<T> - 1) / kLanes<T>));
+        min(first + kSliceVectors, static_cast<int>((vocab + kLanes<T> - 1) / kLanes<T>));
     SumExp<S> others = dispatch_alignment(z, [&](auto alignment) {
       return sum_others<T, alignment.words>(z, vocab, target, first, last);
     });
@@ -232,7 +229,6 @@ int forward(const SeqLogpParams& params, Stream stream) {
   Cut cut{};
   cut.rows = params.rows.rows();
   cut.slices = static_cast<int>(seq_logp_slices(params.dtype, params.rows.vocab));
-  cut.vectors = static_cast<int>((vectors_of<T>(params.rows.vocab) + cut.slices - 1) / cut.slices);
   if (cut.rows > 0) {
     const int error = launch_kernel(slice_kernel<T>, cut.rows * cut.slices, kThreads,
                                     block_reduce_bytes<kThreads, SumExp<S>>(), stream, params, cut);
@@ -246,8 +242,8 @@ int forward(const SeqLogpParams& params, Stream stream) {
 
 int64_t seq_logp_slices(DType dtype, int64_t vocab) {
   return dispatch_dtype(dtype, [&](auto tag) {
-    const int64_t vectors = vectors_of<typename decltype(tag)::type>(vocab);
-    return vectors > kSliceVectors ? (vectors + kSliceVectors - 1) / kSliceVectors : int64_t{1};
+    const int64_t elements = int64_t{kSliceVectors} * kLanes<typename decltype(tag)::type>;
+    return vocab > elements ? (vocab + elements - 1) / elements : int64_t{1};
   });
 }
 
