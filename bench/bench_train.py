@@ -169,7 +169,9 @@ def measure(name: str, options: argparse.Namespace, progress: Progress) -> dict[
         for who in order:
             progress.next(f"{name}: {who}, round {round_number + 1}/{options.rounds}")
             runs[who].append(run(who, name, options))
-    steps = {who: [s for r in results for s in r["seconds"][WARMUP:]] for who, results in runs.items()}
+    steps = {
+        who: [s for r in results for s in r["seconds"][WARMUP:]] for who, results in runs.items()
+    }
     memory = {who: [r["peak_memory"] for r in results] for who, results in runs.items()}
     ours, trl = runs[OURS][0], runs[TRL][0]
     return {
@@ -243,7 +245,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="of each process, the first two not counted")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="of each process, the first two not counted"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", default="smollm2")

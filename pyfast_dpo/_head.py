@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo import _ops
-from pyfast_dpo.reference import statistics_dtype
 
 TILE = (
     8192  # vocabulary entries of the weight's gradient at a time on CUDA: bounds its extra memory
 )
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right of half matrices, in float32 without rounding; what tests call on the CPU is the same."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 class Head(NamedTuple):
@@ -22,6 +28,11 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     logit_scale: float
     softcap: float | None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing happens to x W^T + bias."""
+        return self.softcap is None and self.logit_scale == 1.0
 
     def tile(self, tile: slice) -> Head:
         """The head of some of the vocabulary."""
@@ -34,7 +45,7 @@ class Head(NamedTuple):
         if rows.dtype == torch.float64:
             z = rows @ self.weight.T
         elif rows.is_cuda:
-            z = torch.mm(rows, self.weight.T, out_dtype=torch.float32)
+            z = wide_product(rows, self.weight.T)
         else:
             z = buffer.view(rows.shape[0], self.weight.shape[0], rows.device)
             _ops.head_logits_(z, rows, self.weight)
@@ -55,11 +66,11 @@ class Head(NamedTuple):
         return gradient
 
     def gradient_of_rows(self, gradient: Tensor) -> Tensor:
-        """`[r, V]` float32 -> `[r, H]` float32: gradient W."""
+        """`[r, V]` float32, or on CUDA the weight's dtype -> `[r, H]` float32: gradient W."""
         if gradient.dtype == torch.float64:
             return gradient @ self.weight
         if gradient.is_cuda:
-            return torch.mm(gradient.to(self.weight.dtype), self.weight, out_dtype=gradient.dtype)
+            return wide_product(gradient.to(self.weight.dtype), self.weight)
         return _ops.head_grad_rows(gradient, self.weight)
 
 
@@ -82,43 +93,73 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         self.weight, self.remaining = weight, rows
-        self.by_torch = weight.is_cuda or weight.dtype == torch.float64
         self.total: Tensor | None = None  # float32 (float64)
         self.result: Tensor | None = None  # of the weight's dtype: what the last part writes
         self.accumulate = False
+        self.gathered: list[
+            tuple[Tensor, Tensor]
+        ] = []  # on CUDA: parts that wait for their product
 
     def start(self, rows: int) -> None:
         """Before the next part, of that many rows."""
         self.remaining -= rows
         self.accumulate = self.total is not None
-        if self.by_torch:
+        if self.weight.dtype == torch.float64:
             if self.total is None:
-                self.total = torch.zeros_like(
-                    self.weight, dtype=statistics_dtype(self.weight.dtype)
-                )
+                self.total = torch.zeros_like(self.weight)
+        elif self.weight.is_cuda:
+            pass  # the products are made when parts have been gathered
         elif self.remaining == 0 and self.weight.dtype != torch.float32:
             self.result = self._empty(self.weight.dtype)
         elif self.total is None:
             self.total = self._empty(torch.float32)
 
     def add(self, gradient: Tensor, rows: Tensor, tile: slice) -> None:
-        """For the vocabulary entries of the tile: gradient `[r, v]` float32, rows `[r, H]`."""
+        """For the vocabulary entries of the tile: gradient `[r, v]` as in gradient_of_rows, rows `[r, H]`."""
         total = None if self.total is None else self.total[tile]
-        if self.result is not None:
-            _ops.head_grad_weight_(self.result[tile], gradient, rows, False, total)
-        elif not self.by_torch:
-            _ops.head_grad_weight_(total, gradient, rows, self.accumulate, None)
-        elif total is not None and gradient.dtype == torch.float64:
+        if gradient.dtype == torch.float64 and total is not None:
             total.addmm_(gradient.T, rows)
-        elif total is not None:
-            narrow = gradient.to(rows.dtype)
-            for first in range(0, total.shape[0], TILE):
-                part = slice(first, first + TILE)
-                total[part] += torch.mm(narrow[:, part].T, rows, out_dtype=gradient.dtype)
+        elif self.weight.is_cuda:
+            self.gather(gradient.to(rows.dtype), rows, tile)
+        elif self.result is not None:
+            _ops.head_grad_weight_(self.result[tile], gradient, rows, False, total)
+        else:
+            _ops.head_grad_weight_(total, gradient, rows, self.accumulate, None)
+
+    def gather(self, gradient: Tensor, rows: Tensor, tile: slice) -> None:
+        """Keeps the gradients of parts until they take as much memory as a float32 total would, for one product
+        of all their rows: to read and write the total for every part takes longer than the product."""
+        if gradient.shape[1] < self.weight.shape[0]:  # a tile, of all rows that are left
+            if self.total is None:
+                self.total = torch.zeros_like(self.weight, dtype=torch.float32)
+            self.total[tile] += wide_product(gradient.T, rows)
+            return
+        self.gathered.append((gradient, rows))
+        kept = sum(states.shape[0] for _, states in self.gathered) * rows.element_size()
+        if self.remaining > 0 and kept >= 4 * rows.shape[1]:
+            self._multiply_gathered(torch.float32)
+
+    def _multiply_gathered(self, dtype: torch.dtype) -> None:
+        """Total, in that dtype, = total so far + the product of what has been gathered."""
+        gradients, states = zip(*self.gathered, strict=True)
+        self.gathered = []
+        joined, before = torch.cat(states), self.total
+        out = before
+        if out is None or out.dtype != dtype:
+            out = torch.empty_like(self.weight, dtype=dtype)
+        for first in range(0, self.weight.shape[0], TILE):
+            tile = slice(first, first + TILE)
+            product = wide_product(torch.cat([part[:, tile] for part in gradients]).T, joined)
+            if before is not None:
+                product += before[tile]
+            out[tile] = product
+        self.total = out
 
     def finish(self) -> Tensor:
         if self.result is not None:
             return self.result
+        if self.gathered:
+            self._multiply_gathered(self.weight.dtype)
         if self.total is None:
             return torch.zeros_like(self.weight)
         return self.total.to(self.weight.dtype)
@@ -130,7 +171,9 @@ class WeightGradient:
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """total[index] += rows; an index may occur more than once."""
     rows = rows.to(total.dtype)
-    if total.is_cuda:  # sorted, so deterministic; index_add_ would add by atomics
-        total.index_put_((index,), rows, accumulate=True)
+    if total.is_cuda:
+        # Sorted, so deterministic; index_add_ would add by atomics. Unsafe: index_put_ may wait for the device
+        # to check the range of the index, which CompletionRows' index_select has used already.
+        torch.ops.aten._index_put_impl_(total, [index], rows, accumulate=True, unsafe=True)
     else:  # many times faster than index_put_ on the CPU
         total.index_add_(0, index, rows)

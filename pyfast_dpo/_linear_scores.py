@@ -42,12 +42,16 @@ def score(states: Tensor, targets: Tensor, head: Head, buffer: LogitsBuffer) -> 
 
 
 def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
-    """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias); overwrites the logits if it can."""
+    """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias), in the dtype that the products take:
+    a half weight's on CUDA, else that of the logits, which it overwrites if it can."""
     logits = scored.logits.unsqueeze(0)
     arguments = (
         None, coefficients.unsqueeze(0), logits, scored.targets.unsqueeze(0),
         *(values.unsqueeze(0) for values in scored.statistics), logits.new_ones(1), NONE_IGNORED, False,
     )  # fmt: skip
+    if head.plain and logits.is_cuda and head.weight.dtype != logits.dtype:
+        # Read 4 bytes an element, write 2: no pass of its own that rounds.
+        return _ops.seq_logp_backward(*arguments, out_dtype=head.weight.dtype)[0]
     if head.softcap is None:
         _ops.seq_logp_backward_(*arguments)
         return head.backward_through_activation(scored.logits, scored.logits)
@@ -129,7 +133,7 @@ class Gradients:
         if self.weight is not None:
             self.weight.add(gradient, states, tile)
         if self.bias is not None:
-            self.bias[tile] += gradient.sum(0)
+            self.bias[tile] += gradient.sum(0, dtype=self.bias.dtype)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         weight = None if self.weight is None else self.weight.finish()

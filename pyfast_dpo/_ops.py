@@ -56,8 +56,20 @@ def _(logits, labels, ignore_index, shift, average, inplace_backward):
 
 
 @torch.library.register_fake("pyfast_dpo::seq_logp_backward")
-def _(grad_sequence, grad_token, logits, *rest):
-    return logits.new_empty(logits.shape)
+def _(
+    grad_sequence,
+    grad_token,
+    logits,
+    labels,
+    token_logps,
+    row_max,
+    row_sum,
+    sequence_scale,
+    ignore_index,
+    shift,
+    out_dtype=None,
+):
+    return logits.new_empty(logits.shape, dtype=out_dtype)
 
 
 @torch.library.register_fake("pyfast_dpo::seq_logp_backward_")

@@ -37,8 +37,6 @@ from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.functional import Impl, use_kernels_for
 from pyfast_dpo.row_statistics import LinearStatistics, torch_row_statistics
 
-CHUNK_BYTES = 64 * 2**20
-
 
 class FusedLinearLoss(NamedTuple):
     """Result of `fused_linear_loss`; only `loss` carries a gradient."""
@@ -61,7 +59,7 @@ def linear_token_logps(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    max_chunk_bytes: int = CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
     validate: bool | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -74,7 +72,7 @@ def linear_token_logps(
         rows: which hidden states score which tokens; then nothing waits for the device, and `shift` and
             `ignore_index` have no meaning.
         logit_scale, softcap: what the model does to its logits; softcap None: nothing.
-        max_chunk_bytes: bound of the float32 logits that exist at a time.
+        max_chunk_bytes: bound of the float32 logits that exist at a time; None: 64 MiB, on CUDA 256 MiB.
         validate, impl: as in `token_logps`.
 
     Returns:
@@ -107,7 +105,7 @@ def linear_sequence_logps(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    max_chunk_bytes: int = CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
     validate: bool | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -144,7 +142,7 @@ def fused_linear_loss(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    max_chunk_bytes: int = CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
     validate: bool | None = None,
     impl: Impl = "auto",
 ) -> FusedLinearLoss:
@@ -218,7 +216,7 @@ def _scored_tokens(
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
-    max_chunk_bytes: int,
+    max_chunk_bytes: int | None,
     validate: bool | None,
     impl: Impl,
 ) -> tuple[Tensor, CompletionRows]:

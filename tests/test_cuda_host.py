@@ -10,6 +10,7 @@ import torch
 from host_cuda import harness
 from host_cuda.harness import DTYPES, HostCuda, KernelError
 from host_cuda.truth import (
+    HALVES,
     INF,
     NAN,
     Scores,
@@ -84,6 +85,8 @@ SHAPES = [
     (1, 2, 16391),  # one full round of loads in flight, and a tail (halves)
     (1, 2, 50257),  # an odd vocabulary from the field
     (1, 70, 12),  # more rows than blocks in the grid
+    (2, 1, 61445),  # three slices of halves, six of floats; odd: the second row is misaligned
+    (1, 33, 24584),  # two slices of halves, 66 of them: more than blocks in the grid
 ]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "aligned": {},
@@ -100,6 +103,69 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_shapes(cuda: HostCuda, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     values, labels = random_rows(*shape)
     run_both(cuda, cuda.rows(values, dtype, aligned=False), labels)
+
+
+def test_how_rows_are_cut(cuda: HostCuda) -> None:
+    """A function of the vocabulary alone, or a row's bits would depend on the batch."""
+    slices = {vocab: cuda.slices(torch.bfloat16, vocab) for vocab in (1, 24576, 24577, 151936)}
+    assert slices == {1: 1, 24576: 1, 24577: 2, 151936: 7}
+    assert cuda.slices(torch.float32, 151936) == 13 and cuda.slices(torch.float64, 6145) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("offset", range(8))  # in elements: every misalignment of every dtype
+def test_a_target_in_every_part_of_a_row(cuda: HostCuda, offset: int, dtype: torch.dtype) -> None:
+    """At the ends of slices, vectors and rounds, in rows of any alignment: it is left out once."""
+    lanes = 16 // torch.empty(0, dtype=dtype).element_size()
+    cut = 3072 * lanes  # where the second slice starts
+    vocab = cut + 3 * lanes + 3  # and ends with a vector that is not whole
+    last = vocab - 1
+    targets = [0, lanes - 1, lanes, 256 * lanes, 1023 * lanes, 1024 * lanes, cut - 1, cut]
+    targets += [last - 4 * lanes, last - 3, last - 2, last]
+    values, _ = random_rows(1, 1, vocab)
+    logits = cuda.rows(values, dtype, offset=offset, aligned=True)
+    for target in targets:
+        labels = torch.tensor([[target]])
+        check_forward(cuda.seq_logp(logits, labels), logits, labels)
+
+
+@pytest.mark.parametrize("half", DTYPES[2:], ids=name_of)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("vocab", [1, 5, 8, 203, 4099])
+def test_half_gradient_of_float_logits(
+    cuda: HostCuda, vocab: int, offset: int, half: torch.dtype
+) -> None:
+    values, labels = random_rows(2, 5, vocab, seed=vocab)
+    labels[0, 1] = -100
+    labels[1, 2] = vocab  # not a token
+    logits = cuda.rows(values, torch.float32, offset=offset)
+    scores = cuda.seq_logp(logits, labels)
+    grad_token = torch.randn(2, 5)
+    args = (logits, labels, scores, None, grad_token)
+    wide = cuda.seq_logp_backward(*args, out=cuda.full(tuple(logits.shape), torch.float32))
+    for gap in (0, 1, 8):  # between the rows of the gradient: other alignments than the logits'
+        out = cuda.rows(torch.zeros_like(values), half, row_gap=gap, aligned=False)
+        grad = cuda.seq_logp_backward(*args, out=out)
+        assert torch.equal(bits(grad[wide == wide]), bits(wide.to(half)[wide == wide]))
+        assert grad[1, 2].isnan().all() and (grad[0, 1] == 0).all()
+
+
+def test_dtypes_of_logits_and_gradient(cuda: HostCuda) -> None:
+    """Their own, or a half type for float32; every other pair is refused before anything is written."""
+    values, labels = random_rows(1, 2, 16)
+    for dtype in DTYPES:
+        logits = cuda.rows(values, dtype)
+        scores = cuda.seq_logp(logits, labels)
+        ones = torch.ones(1, dtype=scores.token_logps.dtype)
+        for out_dtype in DTYPES:
+            out = cuda.full((1, 2, 16), out_dtype)
+            if dtype == out_dtype or (dtype == torch.float32 and out_dtype in HALVES):
+                grad = cuda.seq_logp_backward(logits, labels, scores, ones, out=out)
+                check_backward(grad, logits, labels, torch.ones(1, 2))
+            else:
+                with pytest.raises(KernelError):
+                    cuda.seq_logp_backward(logits, labels, scores, ones, out=out)
+                assert out.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -342,7 +408,9 @@ def test_long_sequence_keeps_its_digits(cuda: HostCuda) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", [(2, 2, 9001), (1, 70, 600)], ids=str)  # one or two rows a block
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 9001), (1, 70, 600), (1, 2, 41001)], ids=str
+)  # a row a block; two; blocks a row
 def test_order_of_threads_does_not_matter(
     library: HostCuda, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
@@ -361,8 +429,8 @@ def test_order_of_threads_does_not_matter(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
-    "vocab", [4096, 4101]
-)  # odd: every place in the batch has another alignment
+    "vocab", [4096, 4101, 24601]
+)  # odd: every place in the batch has another alignment; more slices than one
 def test_neighbours_do_not_matter(cuda: HostCuda, vocab: int, dtype: torch.dtype) -> None:
     values, labels = random_rows(3, 3, vocab)
     logits = cuda.rows(values, dtype)
@@ -377,3 +445,39 @@ def test_neighbours_do_not_matter(cuda: HostCuda, vocab: int, dtype: torch.dtype
             assert torch.equal(bits(one[0]), bits(all_of_them[b]))
         grad = cuda.seq_logp_backward(own, labels[b : b + 1], alone, ones[:1], out=own)
         assert torch.equal(bits(grad[0]), bits(grads[b]))
+
+
+# --- the tests themselves ---------------------------------------------------------------------------
+
+BARRIERS = [
+    (path.name, number)
+    for path in sorted((harness.CSRC / "cuda").glob("*.cu*"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if "__syncthreads();" in line
+]
+
+
+@pytest.mark.parametrize("file, line", BARRIERS)
+def test_no_barrier_could_be_left_out(library: HostCuda, file: str, line: int) -> None:
+    """With any one barrier of the kernels missing, some order of the threads gives another result."""
+    values, labels = random_rows(70, 1, 600)  # more rows and sequences than blocks
+
+    def results() -> list[Tensor]:
+        logits = library.rows(values, torch.float32)
+        scores = library.seq_logp(logits, labels)
+        ones = torch.ones(70)
+        grad = library.seq_logp_backward(logits, labels, scores, ones, out=logits.clone())
+        entropy, *_ = library.row_statistics(library.copy(logits[:, 0]), library.copy(labels[:, 0]))
+        return [bits(tensor) for tensor in (*scores, grad, entropy)]
+
+    library.set_order("forward")
+    expected = results()
+    changed = []
+    for order in harness.ORDERS:
+        library.set_order(order, 1)
+        with library.without_barrier(file, line):
+            changed.append(
+                any(not torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+            )
+        assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+    assert any(changed), f"{file}:{line}: nothing noticed that this barrier was missing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 
@@ -19,37 +18,13 @@ INF, NAN = math.inf, math.nan
 Compute = Callable[[Tensor, Tensor], LinearStatistics]
 
 
-class RowStatisticsParams(ctypes.Structure):
-    _fields_ = [("logits", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
-    _fields_ += [("rows", ctypes.c_int64), ("vocab", ctypes.c_int64)]
-    _names = ("targets", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-    _fields_ += [(name, ctypes.c_void_p) for name in _names]
-
-
 @pytest.fixture(scope="module")
 def on_the_stand_in() -> Compute:
     cuda = HostCuda(harness.build())
-    cuda.lib.pfd_size_of_row_statistics.restype = ctypes.c_int64
-    assert cuda.lib.pfd_size_of_row_statistics() == ctypes.sizeof(RowStatisticsParams)
 
     def compute(logits: Tensor, targets: Tensor) -> LinearStatistics:
-        count, dtype = logits.shape[0], logits.dtype
         inputs = cuda.copy(logits), cuda.copy(targets)
-        out = LinearStatistics(
-            cuda.full((count,), dtype),
-            cuda.full((count,), dtype),
-            cuda.copy(torch.zeros(count, dtype=torch.bool)),
-            cuda.full((count,), dtype),
-        )
-        cuda.call(
-            "row_statistics",
-            RowStatisticsParams(
-                logits=inputs[0].data_ptr(), dtype=DTYPES.index(dtype), rows=count,
-                vocab=logits.shape[1], targets=inputs[1].data_ptr(),
-                **{name: getattr(out, name).data_ptr() for name in LinearStatistics._fields},
-            ),
-        )  # fmt: skip
-        return out
+        return LinearStatistics(*cuda.row_statistics(*inputs))
 
     return compute
 

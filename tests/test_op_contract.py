@@ -90,6 +90,19 @@ def test_opcheck_of_the_backward_operators(op, given, dtype) -> None:
     opcheck(op, (*upstream, logits, labels, *saved, -100, False))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_gradient_of_float_logits(dtype) -> None:
+    """What the products of a half lm_head take, without a pass of its own."""
+    logits, labels = random_logits(2, 3, 33), random_labels(2, 3, vocab=33)
+    _, *saved = ops.seq_logp(logits, labels, -100, False, False, False)
+    arguments = (torch.randn(2), None, logits, labels, *saved, -100, False)
+    opcheck(ops.seq_logp_backward.default, arguments, {"out_dtype": dtype})
+    gradient = ops.seq_logp_backward(*arguments, out_dtype=dtype)
+    assert torch.equal(gradient, ops.seq_logp_backward(*arguments).to(dtype))
+    with pytest.raises(RuntimeError, match="seq_logp_backward: out_dtype"):
+        ops.seq_logp_backward(*arguments, out_dtype=torch.float64)
+
+
 def test_backward_operator_refuses_to_be_differentiated_when_called_directly() -> None:
     logits, labels = random_logits(2, 3, 33).requires_grad_(), random_labels(2, 3, vocab=33)
     _, *saved = ops.seq_logp(logits.detach(), labels, -100, False, False, False)

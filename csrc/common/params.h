@@ -47,9 +47,10 @@ struct SeqLogpParams {
   int64_t row_stride;
   DType dtype;
   RowLabels rows;
-  void* token_logps;     // [B, T]
-  void* row_max;         // [B, T]
-  void* row_sum;         // [B, T]
+  void* token_logps;  // [B, T]
+  void* row_max;      // [B, T]
+  void* row_sum;      // [B, T]
+  void* slices;       // CUDA only: workspace [seq_logp_slices - 1, 2, B T] of the statistics' dtype
   void* sequence_logps;  // [B]   sum (or average) of token_logps over the scored positions
   void* sequence_scale;  // [B]   1, or with average 1 / number of scored positions (0 when there is
                          // none)
@@ -58,8 +59,9 @@ struct SeqLogpParams {
 
 // d logits[b, t, v] = coefficient(b, t) * ((v == target) - exp(z_v - row_max) / row_sum), where
 // coefficient(b, t) = grad_sequence[b] * sequence_scale[b] + grad_token[b, t]. Ignored rows become
-// 0, rows with an invalid label NaN. `grad_logits` may be `logits` (same strides): each element is
-// read before it is written.
+// 0, rows with an invalid label NaN. `grad_logits` may be `logits` (same dtype and strides): each
+// element is read before it is written. On CUDA, kFloat32 logits may have a gradient in a half
+// type.
 struct SeqLogpBackwardParams {
   const void* logits;  // [B, T, V], last dimension contiguous
   int64_t batch_stride;
@@ -73,6 +75,7 @@ struct SeqLogpBackwardParams {
   const void* grad_sequence;   // [B] or null
   const void* grad_token;      // [B, T] contiguous, or null
   void* grad_logits;           // [B, T, V], last dimension contiguous
+  DType grad_dtype;
   int64_t grad_batch_stride;
   int64_t grad_row_stride;
 };

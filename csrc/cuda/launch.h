@@ -16,6 +16,10 @@ const char* error_string(int code);  // never null
 const char* built_architectures();   // such as "80;90;120", "" when not built
 int runtime_version();               // CUDART_VERSION of the static runtime, 0 when not built
 
+// Slices of a row that blocks of the forward pass work on: a function of the vocabulary alone, so
+// that a row's sum has the same order, and bits, in every batch.
+int64_t seq_logp_slices(DType dtype, int64_t vocab);
+
 int seq_logp_forward(const SeqLogpParams& params, Stream stream);
 int seq_logp_backward(const SeqLogpBackwardParams& params, Stream stream);
 int row_statistics(const RowStatisticsParams& params, Stream stream);

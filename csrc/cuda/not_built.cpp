@@ -8,6 +8,7 @@ const char* error_string(int) { return "this build has no CUDA kernels"; }
 const char* built_architectures() { return ""; }
 int runtime_version() { return 0; }
 
+int64_t seq_logp_slices(DType, int64_t) { return 1; }
 int seq_logp_forward(const SeqLogpParams&, Stream) { return kNotBuilt; }
 int seq_logp_backward(const SeqLogpBackwardParams&, Stream) { return kNotBuilt; }
 int row_statistics(const RowStatisticsParams&, Stream) { return kNotBuilt; }

@@ -23,7 +23,7 @@ __device__ __forceinline__ S& slot(void* values, int64_t i) {
 }
 
 template <class Loss, class S, bool kBackward>
-__global__ void __launch_bounds__(kThreads) pair_kernel(PairLossParams p) {
+__global__ void __launch_bounds__(kThreads, 1) pair_kernel(PairLossParams p) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.pairs; i += stride) {
     const PairOutcome<S> pair = evaluate_pair<Loss, S>(p, i);
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) pair_kernel(PairLossParams p) {
 }
 
 template <class Loss, class S, bool kBackward>
-__global__ void __launch_bounds__(kThreads) unpaired_kernel(UnpairedLossParams p) {
+__global__ void __launch_bounds__(kThreads, 1) unpaired_kernel(UnpairedLossParams p) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.count; i += stride) {
     const S logratio = at<S>(p.policy, i) - value_or<S>(p.reference, i, 0);

@@ -45,7 +45,7 @@ struct Moments {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) row_statistics_kernel(RowStatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, 1) row_statistics_kernel(RowStatisticsParams p) {
   S* shared_peak = reinterpret_cast<S*>(block_scratch);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const S* z = static_cast<const S*>(p.logits) + row * p.vocab;

@@ -13,12 +13,12 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "seq_logp(Tensor logits, Tensor labels, int ignore_index, bool shift, bool average, "
       "bool inplace_backward) -> (Tensor sequence_logps, Tensor token_logps, Tensor row_max, "
       "Tensor row_sum, Tensor sequence_scale)");
-  // grad_sequence [B], grad_token [B, T] -> gradient [B, T, V] in the dtype of logits
+  // grad_sequence [B], grad_token [B, T] -> gradient [B, T, V] in the dtype of logits. float32
+  // logits may have it in a half type: what the products of a half lm_head take next.
   m.def(
       "seq_logp_backward(Tensor? grad_sequence, Tensor? grad_token, Tensor logits, Tensor labels, "
       "Tensor token_logps, Tensor row_max, Tensor row_sum, Tensor sequence_scale, int "
-      "ignore_index, "
-      "bool shift) -> Tensor");
+      "ignore_index, bool shift, ScalarType? out_dtype=None) -> Tensor");
   // The same, written over logits.
   m.def(
       "seq_logp_backward_(Tensor? grad_sequence, Tensor? grad_token, Tensor(a!) logits, Tensor "

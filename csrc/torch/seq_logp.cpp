@@ -71,6 +71,12 @@ Outputs seq_logp(const Tensor& logits_in, const Tensor& labels_in, int64_t ignor
   params.row_sum = std::get<3>(outputs).mutable_data_ptr();
   params.sequence_scale = std::get<4>(outputs).mutable_data_ptr();
   if (logits.is_cuda()) {
+    const int64_t slices = cuda::seq_logp_slices(dtype, params.rows.vocab);
+    Tensor workspace;  // torch's allocator: it outlives the launch in stream order
+    if (slices > 1) {
+      workspace = new_stat({slices - 1, 2, batch, length});
+      params.slices = workspace.mutable_data_ptr();
+    }
     launch_on_current_stream(op, logits,
                              [&](void* stream) { return cuda::seq_logp_forward(params, stream); });
   } else {
@@ -111,6 +117,7 @@ void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
   params.grad_sequence = data_or_null(grad_sequence);
   params.grad_token = data_or_null(grad_token);
   params.grad_logits = grad.mutable_data_ptr();
+  params.grad_dtype = logits_dtype(op, grad);
   params.grad_batch_stride = grad.stride(0);
   params.grad_row_stride = grad.stride(1);
   if (logits.is_cuda()) {
@@ -125,15 +132,22 @@ Tensor seq_logp_backward(const std::optional<Tensor>& grad_sequence,
                          const std::optional<Tensor>& grad_token, const Tensor& logits_in,
                          const Tensor& labels, const Tensor& token_logps, const Tensor& row_max,
                          const Tensor& row_sum, const Tensor& sequence_scale, int64_t ignore_index,
-                         bool shift) {
+                         bool shift, std::optional<ScalarType> out_dtype) {
   const char* op = "pyfast_dpo::seq_logp_backward";
   check_logits(op, logits_in);
+  const ScalarType from = logits_in.scalar_type(), to = out_dtype.value_or(from);
+  STD_TORCH_CHECK(
+      to == from ||
+          (from == ScalarType::Float && (to == ScalarType::BFloat16 || to == ScalarType::Half)),
+      op, ": out_dtype must be that of logits or, for float32 logits, bfloat16 or float16, got ",
+      torch::headeronly::toString(to), " for ", describe(logits_in));
   const Tensor logits = with_contiguous_rows(logits_in);
-  const Tensor grad =
-      torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
+  // The CPU kernels write the dtype of the logits.
+  const Tensor grad = torch::stable::new_empty(
+      logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.is_cuda() ? to : from);
   run_backward(op, grad_sequence, grad_token, logits, labels, token_logps, row_max, row_sum,
                sequence_scale, ignore_index, shift, grad);
-  return grad;
+  return logits.is_cuda() ? grad : torch::stable::to(grad, to);
 }
 
 void seq_logp_backward_(const std::optional<Tensor>& grad_sequence,

@@ -60,6 +60,9 @@ const char* last_message();
 // Runs every thread of every block. kernel() is one thread.
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
+// Notes that this kernel has run.
+void record_launch(const void* kernel);
+
 void barrier(const char* file, int line);
 
 // What the lanes of a warp do together: each gives a value and gets that of lane `source`.
@@ -128,6 +131,8 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(bits));
@@ -148,6 +153,7 @@ struct cudaLaunchConfig_t {
 template <class... Formal, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Formal...),
                                Actual... arguments) {
+  host_cuda::record_launch(reinterpret_cast<const void*>(kernel));
   return host_cuda::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                            [=] { kernel(arguments...); });
 }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +85,7 @@ class RowLabels(ctypes.Structure):
 class SeqLogpParams(ctypes.Structure):
     _fields_ = [("logits", _PTR), ("batch_stride", _I64), ("row_stride", _I64), ("dtype", _INT)]
     _fields_ += [("rows", RowLabels)]
-    _fields_ += [(n, _PTR) for n in ("token_logps", "row_max", "row_sum")]
+    _fields_ += [(n, _PTR) for n in ("token_logps", "row_max", "row_sum", "slices")]
     _fields_ += [(n, _PTR) for n in ("sequence_logps", "sequence_scale")] + [("average", _BOOL)]
 
 
@@ -91,6 +94,7 @@ class SeqLogpBackwardParams(ctypes.Structure):
     _fields_ += [("rows", RowLabels)]
     _fields_ += [(n, _PTR) for n in ("token_logps", "row_max", "row_sum", "sequence_scale")]
     _fields_ += [(n, _PTR) for n in ("grad_sequence", "grad_token", "grad_logits")]
+    _fields_ += [("grad_dtype", _INT)]
     _fields_ += [("grad_batch_stride", _I64), ("grad_row_stride", _I64)]
 
 
@@ -119,6 +123,12 @@ class UnpairedLossParams(ctypes.Structure):
     _fields_ += [(n, _PTR) for n in ("losses", "rewards", "grad_policy")]
 
 
+class RowStatisticsParams(ctypes.Structure):
+    _fields_ = [("logits", _PTR), ("dtype", _INT), ("rows", _I64), ("vocab", _I64)]
+    _fields_ += [(n, _PTR) for n in ("targets", "entropy", "mean_logits")]
+    _fields_ += [(n, _PTR) for n in ("is_top1", "log_sum_sq_probs")]
+
+
 class KernelError(RuntimeError):
     pass
 
@@ -133,9 +143,38 @@ class HostCuda:
         self.lib.pfd_guarded_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t, _BOOL]
         self.lib.pfd_guarded_free.argtypes = [_PTR]
         self.lib.pfd_set_order.argtypes = [_INT, ctypes.c_uint64]
+        self.lib.pfd_skip_barrier.argtypes = [ctypes.c_char_p, _INT]
+        self.lib.pfd_launched_kernels.argtypes = [ctypes.POINTER(_PTR), ctypes.c_size_t]
+        self.lib.pfd_launched_kernels.restype = ctypes.c_size_t
+        self.path = library
 
     def set_order(self, name: str, seed: int = 0) -> None:
         self.lib.pfd_set_order(ORDERS[name], seed)
+
+    @contextmanager
+    def without_barrier(self, file: str, line: int) -> Iterator[None]:
+        self.lib.pfd_skip_barrier(file.encode(), line)
+        try:
+            yield
+        finally:
+            self.lib.pfd_skip_barrier(b"", 0)
+
+    def kernels(self) -> tuple[set[str], set[str]]:
+        """Names of all kernels in the library (functions called ..._kernel), and of those that have run."""
+        lines = run(["nm", "-C", str(self.path)]).splitlines()
+        symbols = {
+            int(line.split()[0], 16): line.split(" ", 2)[2] for line in lines if line[0] != " "
+        }
+        anchor = next(a for a, name in symbols.items() if name == "pfd_launched_kernels")
+        base = ctypes.cast(self.lib.pfd_launched_kernels, _PTR).value - anchor
+        launched = (_PTR * 1000)()
+        count = self.lib.pfd_launched_kernels(launched, len(launched))
+        names = {
+            address: name
+            for address, name in symbols.items()
+            if re.search(r"::\w+_kernel(<.*>)?\(.*\)$", name) and "::launch_kernel<" not in name
+        }
+        return set(names.values()), {names[address - base] for address in launched[:count]}
 
     def call(self, name: str, params: ctypes.Structure) -> None:
         code = getattr(self.lib, f"pfd_{name}")(ctypes.byref(params))
@@ -189,6 +228,10 @@ class HostCuda:
         view = memory.as_strided(values.shape, (batch_stride, row_stride, 1), offset)
         return view.copy_(values)
 
+    def slices(self, dtype: torch.dtype, vocab: int) -> int:
+        """How many blocks work on a row."""
+        return self.lib.pfd_seq_logp_slices(DTYPES.index(dtype), _I64(vocab))
+
     def seq_logp(
         self,
         logits: Tensor,
@@ -204,6 +247,8 @@ class HostCuda:
             *(self.full((batch, length), stat) for _ in range(3)),
             *(self.full((batch,), stat) for _ in range(2)),
         )
+        extra = self.slices(logits.dtype, logits.shape[-1]) - 1
+        slices = self.full((extra, 2, batch, length), stat)
         params = SeqLogpParams(
             logits=logits.data_ptr(),
             batch_stride=logits.stride(0),
@@ -211,6 +256,7 @@ class HostCuda:
             dtype=DTYPES.index(logits.dtype),
             rows=self._row_labels(logits, labels, shift, ignore_index),
             average=average,
+            slices=slices.data_ptr() if slices.numel() else None,
             **{name: tensor.data_ptr() for name, tensor in out._asdict().items()},
         )
         self.call("seq_logp_forward", params)
@@ -241,11 +287,31 @@ class HostCuda:
             grad_sequence=None if grad_sequence is None else grad_sequence.data_ptr(),
             grad_token=None if grad_token is None else grad_token.data_ptr(),
             grad_logits=out.data_ptr(),
+            grad_dtype=DTYPES.index(out.dtype),
             grad_batch_stride=out.stride(0),
             grad_row_stride=out.stride(1),
         )
         self.call("seq_logp_backward", params)
         return out
+
+    def row_statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """entropy, mean_logits, is_top1, log_sum_sq_probs `[R]` of logits `[R, V]`."""
+        rows, vocab = logits.shape
+        is_top1 = self.copy(torch.zeros(rows, dtype=torch.bool))
+        entropy, mean, log_sum_sq = (self.full((rows,), logits.dtype) for _ in range(3))
+        params = RowStatisticsParams(
+            logits=logits.data_ptr(),
+            dtype=DTYPES.index(logits.dtype),
+            rows=rows,
+            vocab=vocab,
+            targets=targets.data_ptr(),
+            entropy=entropy.data_ptr(),
+            mean_logits=mean.data_ptr(),
+            is_top1=is_top1.data_ptr(),
+            log_sum_sq_probs=log_sum_sq.data_ptr(),
+        )
+        self.call("row_statistics", params)
+        return entropy, mean, is_top1, log_sum_sq
 
     def _row_labels(
         self, logits: Tensor, labels: Tensor, shift: bool, ignore_index: int

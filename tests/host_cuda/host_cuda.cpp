@@ -18,6 +18,8 @@
 #include <cstdio>
 #include <numeric>
 #include <random>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "fiber.h"
@@ -68,6 +70,9 @@ struct Launch {
   Order order = Order::kForward;
   std::mt19937_64 random;
   sigjmp_buf fault;
+  std::string skipped_file;
+  int skipped_line = 0;
+  std::set<const void*> launched;
 };
 Launch state;
 
@@ -217,6 +222,21 @@ void set_order(Order order, uint64_t seed) {
   state.random.seed(seed);
 }
 
+void skip_barrier(const char* file_suffix, int line) {
+  state.skipped_file = file_suffix;
+  state.skipped_line = line;
+}
+
+size_t launched_kernels(const void** kernels, size_t capacity) {
+  size_t count = 0;
+  for (const void* kernel : state.launched) {
+    if (count < capacity) kernels[count++] = kernel;
+  }
+  return count;
+}
+
+void record_launch(const void* kernel) { state.launched.insert(kernel); }
+
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes,
                    const std::function<void()>& kernel) {
   state.failed = false;
@@ -251,6 +271,10 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes,
 int lane() { return state.current % kWarp; }
 
 void barrier(const char* file, int line) {
+  if (line == state.skipped_line) {
+    const std::string_view path(file), suffix(state.skipped_file);
+    if (path.size() >= suffix.size() && path.substr(path.size() - suffix.size()) == suffix) return;
+  }
   Thread& thread = state.threads[state.current];
   thread.at_barrier = true;
   thread.file = file;

@@ -129,8 +129,8 @@ def check_forward(
 def check_backward(grad: Tensor, logits: Tensor, targets: Tensor, coefficient: Tensor) -> None:
     stat = statistics_dtype(logits.dtype)
     truth = true_grad(logits, targets, coefficient)
-    peer = torch_grad(logits.to(stat), targets, coefficient.to(stat)).to(logits.dtype)
-    info = torch.finfo(logits.dtype)
+    peer = torch_grad(logits.to(stat), targets, coefficient.to(stat)).to(grad.dtype)
+    info = torch.finfo(grad.dtype)
     # Half a last place where torch rounds the other way; exponents carry |z - max| last places.
-    tolerance = (0.51 if logits.dtype in HALVES else 32) * info.eps * truth.abs()
+    tolerance = (0.51 if grad.dtype in HALVES else 32) * info.eps * truth.abs()
     check("gradient", grad, truth, peer, tolerance + info.smallest_normal * info.eps)
