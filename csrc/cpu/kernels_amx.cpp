@@ -19,6 +19,8 @@ namespace amx_table {
 //
 #include "cpu/statistics-inl.h"
 //
+#include "cpu/amx_panels-inl.h"
+//
 #include "cpu/gemm_amx-inl.h"
 }  // namespace amx_table
 }  // namespace
