@@ -26,7 +26,6 @@ from pyfast_dpo._linear_checks import (
 from pyfast_dpo._linear_scores import Gradients, Statistics, score, sums_of_sequences
 from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.functional import use_kernels_for
-from pyfast_dpo.linear import CHUNK_BYTES
 
 
 def vocab_parallel_token_logps(
@@ -42,7 +41,7 @@ def vocab_parallel_token_logps(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    max_chunk_bytes: int = CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
 ) -> Tensor:
     """`linear_token_logps` with the vocabulary divided among ranks; called by all ranks of the group.
 
@@ -83,7 +82,7 @@ def vocab_parallel_sequence_logps(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    max_chunk_bytes: int = CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
 ) -> Tensor:
     """Sum, or with `average` mean, of `vocab_parallel_token_logps` over every sequence: `[B]` or `[S]`."""
     tokens, found = _tokens(
@@ -107,7 +106,7 @@ def _tokens(
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
-    max_chunk_bytes: int,
+    max_chunk_bytes: int | None,
 ) -> tuple[Tensor, CompletionRows]:
     head = checked_head(function, hidden, weight, bias, logit_scale, softcap)
     check_labels_or_rows(function, hidden, labels, rows)
