@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
 	@echo "make test       build everything and run every test"
-	@echo "make bench      measure the operators against their peers; writes bench/results"
+	@echo "make bench      measure everything against its peers; writes bench/results (an hour)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     apply ruff and clang-format"
 	@echo "make wheel      sdist and a wheel built from it, in dist/"
@@ -54,8 +54,11 @@ demo: $(VENV)/.demo-model
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.peers
+bench: $(VENV)/.peers $(VENV)/.demo-model
 	$(BIN)/python bench/bench_ops.py
+	$(BIN)/python bench/bench_linear.py
+	$(BIN)/python bench/bench_libs.py
+	$(BIN)/python bench/bench_train.py
 
 lint: $(VENV)/.lint-tools $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -27,7 +27,6 @@ from pyfast_dpo.loss_table import (
     PAIR_LOSS_NAMES,
     PAIR_LOSSES,
     UNPAIRED_LOSS_NAMES,
-    UNPAIRED_LOSSES,
     couples_batch,
     needs_reference,
 )
