@@ -286,7 +286,7 @@ def test_the_head_agrees_with_float64_at_least_as_well_as_trl(dtype, name, train
         for i, (own, peer, exact) in enumerate(parts):
             error, peers = ((value - exact).abs().max().item() for value in (own, peer))
             allowed = (
-                1e-5 if kind == "output" else torch.finfo(dtype).eps * exact.abs().max().item()
+                1e-5 if kind == "output" else 4 * torch.finfo(dtype).eps * exact.abs().max().item()
             )
             assert error <= peers + allowed, f"{kind} {i}: ours off by {error}, TRL by {peers}"
             if kind == "output":
