@@ -28,7 +28,6 @@ from pyfast_dpo._linear_checks import (
 )
 from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.functional import token_logps
-from pyfast_dpo.linear import CHUNK_BYTES
 
 KNOWN_VERSIONS = ("1.15", "1.16")
 
@@ -186,7 +185,7 @@ class LogProbFunction:
         )
         completion_rows(name, hidden, head, None, rows, False, -100, None)
         hidden = under_autocast(hidden)
-        plan = Plan(rows, 1, rows_in_budget(name, CHUNK_BYTES, head))
+        plan = Plan(rows, 1, rows_in_budget(name, None, head))
         wanted = [output for output in outputs if output != "log_probs"]
         logps, *statistics = _TokenLogps.apply(
             hidden, head.weight, head.bias, (head.logit_scale, head.softcap), plan, bool(wanted)
