@@ -96,30 +96,41 @@ def ours(batch: Batch) -> Tensor:
 
 
 def by_hand(batch: Batch) -> Tensor:
+    return dpo(by_hand_tokens(batch), batch)
+
+
+def by_hand_tokens(batch: Batch) -> Tensor:
     """The best that a person writes: completion rows only, float32 log-softmax."""
     mask = batch.labels != -100
     logits = batch.hidden[mask] @ batch.weight.T
     scored = logits.float().log_softmax(-1).gather(-1, batch.labels[mask][:, None])[:, 0]
-    tokens = torch.zeros(batch.labels.shape).masked_scatter(mask, scored)
-    return dpo(tokens, batch)
+    return torch.zeros(batch.labels.shape).masked_scatter(mask, scored)
 
 
 def trl_head(batch: Batch) -> Tensor:
+    return dpo(trl_tokens(batch), batch)
+
+
+def trl_tokens(batch: Batch) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     rows = batch.hidden.flatten(0, 1)  # all of them, as TRL does without Triton
     tokens = ChunkedLogProbFunction.apply(
         rows, batch.weight, None, batch.labels.clamp(min=0).flatten(), 1.0, 32768, None, 1.0, ()
     )[0]
-    return dpo(tokens.view(batch.labels.shape).masked_fill(batch.labels == -100, 0.0), batch)
+    return tokens.view(batch.labels.shape).masked_fill(batch.labels == -100, 0.0)
 
 
 def liger(batch: Batch) -> Tensor:
+    return liger_outputs(batch)[0]
+
+
+def liger_outputs(batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     # Without its compilation, which takes minutes here, and without a reference: it takes no log-probs.
     loss = LigerFusedLinearDPOLoss(beta=BETA, compiled=False, use_ref_model=False)
-    return loss(batch.weight, batch.hidden, batch.labels)[0]
+    return loss(batch.weight, batch.hidden, batch.labels)
 
 
 def dpo(tokens: Tensor, batch: Batch) -> Tensor:
@@ -162,10 +173,11 @@ def three_products(batch: Batch) -> Prepare:
     return lambda: work
 
 
-def find_missing() -> dict[str, str]:
+def find_missing(peers: dict[str, Loss]) -> dict[str, str]:
+    """Peers that cannot run here, with the reason."""
     missing = {}
     batch = make_batch(Case(8, 16, 1, "float32"))
-    for name, loss in PEERS.items():
+    for name, loss in peers.items():
         try:
             loss(batch)
         except ImportError as error:
@@ -176,13 +188,14 @@ def find_missing() -> dict[str, str]:
 # --- measurements -------------------------------------------------------------------------------
 
 
-def measure(case: Case, missing: dict[str, str], rounds: int, progress: Progress) -> dict[str, Any]:
+def measure(case: Case, peers: dict[str, Loss], rounds: int, progress: Progress) -> dict[str, Any]:
     batch = make_batch(case)
-    peers = {name: loss for name, loss in PEERS.items() if name not in missing}
     progress.next(f"{case}: memory")
     memory = {
-        name: in_fresh_process(memory_of, case, name, torch.get_num_threads())._asdict()
-        for name in (OURS, FROZEN, *peers)
+        name: in_fresh_process(
+            memory_of, case, loss, name != FROZEN, torch.get_num_threads()
+        )._asdict()
+        for name, loss in {OURS: ours, FROZEN: ours, **peers}.items()
     }
     contenders = {
         FLOOR: three_products(batch),
@@ -215,11 +228,10 @@ def measure(case: Case, missing: dict[str, str], rounds: int, progress: Progress
     }
 
 
-def memory_of(case: Case, name: str, threads: int) -> PeakMemory:
+def memory_of(case: Case, loss: Loss, trainable: bool, threads: int) -> PeakMemory:
     torch.set_num_threads(threads)
-    loss = ours if name in (OURS, FROZEN) else PEERS[name]
     forward_backward(make_batch(Case(8, 16, 1, case.dtype)), loss)()()  # loads code, starts threads
-    return peak_memory(forward_backward(make_batch(case), loss, trainable=name != FROZEN))
+    return peak_memory(forward_backward(make_batch(case), loss, trainable))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -287,12 +299,13 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [case for case in cases if options.case in str(case)]
     kept = {} if not options.case else read_cases(options.out / FILE)
     progress = Progress(2 * len(chosen))
-    facts, missing = environment(), find_missing()
+    facts, missing = environment(), find_missing(PEERS)
+    peers = {name: loss for name, loss in PEERS.items() if name not in missing}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     for name, reason in missing.items():
         print(f"skipped: {name} ({reason})")
     for case in chosen:
-        kept[str(case)] = measure(case, missing, options.rounds or rounds, progress)
+        kept[str(case)] = measure(case, peers, options.rounds or rounds, progress)
         progress.done()
         print(report(kept[str(case)]), flush=True)
     results = [kept[str(case)] for case in cases if str(case) in kept]

@@ -34,6 +34,18 @@ class Head(NamedTuple):
         """Nothing happens to x W^T + bias."""
         return self.softcap is None and self.logit_scale == 1.0
 
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: tuple[float, float | None],
+        dtype: torch.dtype,
+    ) -> Head:
+        """In the dtype of the hidden states. Autocast's copy of the weight is made inside the autograd
+        functions: their gradient of the weight then is never rounded to the dtype of that copy."""
+        return cls(weight.to(dtype), None if bias is None else bias.to(dtype), *activation)
+
     def tile(self, tile: slice) -> Head:
         """The head of some of the vocabulary."""
         bias = None if self.bias is None else self.bias[tile]
@@ -89,12 +101,13 @@ class LogitsBuffer:
 
 
 class WeightGradient:
-    """Sum of gradient^T rows over the parts of R rows in all, in float32 until the last part."""
+    """Sum of gradient^T rows over the parts of R rows in all, in float32 until the last part; then in `dtype`,
+    that of the parameter, which under autocast is not that of the products."""
 
-    def __init__(self, weight: Tensor, rows: int) -> None:
-        self.weight, self.remaining = weight, rows
+    def __init__(self, weight: Tensor, rows: int, dtype: torch.dtype) -> None:
+        self.weight, self.remaining, self.dtype = weight, rows, dtype
         self.total: Tensor | None = None  # float32 (float64)
-        self.result: Tensor | None = None  # of the weight's dtype: what the last part writes
+        self.result: Tensor | None = None  # of the parameter's dtype: what the last part writes
         self.accumulate = False
         self.gathered: list[
             tuple[Tensor, Tensor]
@@ -109,7 +122,7 @@ class WeightGradient:
                 self.total = torch.zeros_like(self.weight)
         elif self.weight.is_cuda:
             pass  # the products are made when parts have been gathered
-        elif self.remaining == 0 and self.weight.dtype != torch.float32:
+        elif self.remaining == 0 and self.dtype == self.weight.dtype != torch.float32:
             self.result = self._empty(self.weight.dtype)
         elif self.total is None:
             self.total = self._empty(torch.float32)
@@ -159,10 +172,10 @@ class WeightGradient:
         if self.result is not None:
             return self.result
         if self.gathered:
-            self._multiply_gathered(self.weight.dtype)
+            self._multiply_gathered(self.dtype)
         if self.total is None:
-            return torch.zeros_like(self.weight)
-        return self.total.to(self.weight.dtype)
+            return torch.zeros_like(self.weight, dtype=self.dtype)
+        return self.total.to(self.dtype)
 
     def _empty(self, dtype: torch.dtype) -> Tensor:
         return torch.empty_like(self.weight, dtype=dtype, memory_format=torch.contiguous_format)

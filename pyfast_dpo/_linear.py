@@ -22,6 +22,7 @@ from pyfast_dpo._linear_scores import (
     Scored,
     Statistics,
     coefficients_of_rows,
+    gradient_of_entropy,
     gradient_of_logits,
     score,
     sums_of_sequences,
@@ -117,11 +118,12 @@ class LinearLoss(torch.autograd.Function):
         activation: tuple[float, float | None],
         options: LossOptions,
     ) -> tuple[Tensor, ...]:
-        head, plan, wanted = Head(weight, bias, *activation), options.plan, ctx.needs_input_grad[:3]
+        head, plan = Head.of(weight, bias, activation, hidden.dtype), options.plan
+        wanted = ctx.needs_input_grad[:3]
         rows, wide = plan.rows, statistics_dtype(hidden.dtype)
         # Without gradients of the head nothing but a factor a row waits for the loss.
         frozen = wanted[0] and not any(wanted[1:])
-        gradients = Gradients(hidden, head, wanted, rows.index.shape[0])
+        gradients = Gradients(hidden, head, wanted, rows.index.shape[0], weight.dtype)
         buffer = plan.buffer(weight.shape[0])
         loss = hidden.new_zeros((), dtype=torch.float64)
         logps = hidden.new_empty((plan.group, plan.units()), dtype=wide)
@@ -223,8 +225,9 @@ def _empty_statistics(like: Tensor, targets: Tensor) -> LinearStatistics:
 
 
 class LinearLogps(torch.autograd.Function):
-    """Log-prob of every scored row. With a frozen head the gradient of the rows is computed on the way, up to
-    the coefficient that the backward pass brings (2 products); else logits are computed again (4)."""
+    """Log-prob of every scored row, then their statistics if wanted, of which the entropy has a gradient.
+    With a frozen head the gradient of the rows is computed on the way, up to the coefficient that the backward
+    pass brings (2 products); else, and for the entropy's gradient, logits are computed again (4)."""
 
     @staticmethod
     def forward(
@@ -234,46 +237,75 @@ class LinearLogps(torch.autograd.Function):
         bias: Tensor | None,
         activation: tuple[float, float | None],
         plan: Plan,
-    ) -> Tensor:
-        head, rows = Head(weight, bias, *activation), plan.rows
+        statistics: bool,
+    ) -> tuple[Tensor, ...]:
+        head, rows = Head.of(weight, bias, activation, hidden.dtype), plan.rows
         frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         buffer = plan.buffer(weight.shape[0])
         known: list[Statistics] = []
         of_rows: list[Tensor] = []
+        measured = _empty_statistics(hidden, rows.targets) if statistics else None
         for piece in plan.pieces(rows.index.shape[0]):
             states = hidden.index_select(0, rows.index[piece])
             scored = score(states, rows.targets[piece], head, buffer)
             known.append(scored.statistics)
+            if measured is not None:
+                own = row_statistics(scored.logits, scored.targets)
+                for values, part in zip(measured, own, strict=True):
+                    values[piece] = part
             if frozen:
                 gradient = gradient_of_logits(
                     scored, torch.ones_like(scored.statistics.tokens), head
                 )
                 of_rows.append(head.gradient_of_rows(gradient))
-        statistics = _joined(known, hidden)
+        joined = _joined(known, hidden)
         ctx.activation, ctx.plan = activation, plan
         ctx.save_for_backward(
-            hidden, weight, bias, *statistics, torch.cat(of_rows) if of_rows else None
+            hidden, weight, bias, *joined, torch.cat(of_rows) if of_rows else None
         )
-        return statistics.tokens.clone()  # what is saved is nobody's to change
+        ctx.set_materialize_grads(False)
+        tokens = joined.tokens.clone()  # what is saved is nobody's to change
+        if measured is None:
+            return (tokens,)
+        ctx.mark_non_differentiable(*measured[1:])
+        return tokens, *measured
 
     @staticmethod
-    def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_tokens: Tensor | None, grad_entropy: Tensor | None = None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_tokens is None and grad_entropy is None:
+            return (None,) * 6
         saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = LinearLogps.gradients(ctx, grad_tokens, *saved)
-        return *refuse_second(gradients, saved[:3]), None, None
+            gradients = LinearLogps.gradients(ctx, grad_tokens, grad_entropy, *saved)
+        return *refuse_second(gradients, saved[:3]), None, None, None
 
     @staticmethod
-    def gradients(ctx: Any, grad_tokens: Tensor, *saved: Tensor) -> list[Tensor | None]:
+    def gradients(
+        ctx: Any, grad_tokens: Tensor | None, grad_entropy: Tensor | None, *saved: Tensor
+    ) -> list[Tensor | None]:
         hidden, weight, bias, *known, of_rows = saved
-        plan, head = ctx.plan, Head(weight, bias, *ctx.activation)
-        rows = plan.rows
-        gradients = Gradients(hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0])
+        plan, head = ctx.plan, Head.of(weight, bias, ctx.activation, hidden.dtype)
+        rows, count = plan.rows, plan.rows.index.shape[0]
+        gradients = Gradients(hidden, head, ctx.needs_input_grad[:3], count, weight.dtype)
+        buffer = plan.buffer(weight.shape[0])
+        if grad_entropy is not None:
+            for piece in plan.pieces(count):
+                index = rows.index[piece]
+                states = hidden.index_select(0, index)
+                scored = score(states, rows.targets[piece], head, buffer)
+                gradient = gradient_of_entropy(scored, grad_entropy[piece], head)
+                if grad_tokens is not None:
+                    gradient += gradient_of_logits(scored, grad_tokens[piece], head)
+                gradients.add(gradient, states, index)
+            return list(gradients.finish())
+        assert grad_tokens is not None
         if of_rows is not None and gradients.hidden is not None:
             add_rows(gradients.hidden, rows.index, grad_tokens.unsqueeze(1) * of_rows)
             return [gradients.hidden, None, None]
         everything = Waiting(rows.index, rows.targets, Statistics(*known), grad_tokens)
-        _add_waiting(gradients, hidden, [everything], plan, plan.buffer(weight.shape[0]))
+        _add_waiting(gradients, hidden, [everything], plan, buffer)
         return list(gradients.finish())
 
 

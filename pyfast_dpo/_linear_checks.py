@@ -169,14 +169,12 @@ def check_row_weights(function: str, rows: CompletionRows, row_weights: Tensor |
     check_constants(function, row_weights=row_weights)
 
 
-def under_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """What autocast would do to a linear layer's inputs; the gradients come back in their own dtypes."""
+def under_autocast(hidden: Tensor) -> Tensor:
+    """What autocast would do to a linear layer's input; `Head.of` does it to the parameters."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, head
-    dtype = torch.get_autocast_dtype(device)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), head._replace(weight=head.weight.to(dtype), bias=bias)
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
 
 
 # On a GPU a product of few rows reads the weight for longer than it multiplies, below some 300 rows of an H100

@@ -58,6 +58,16 @@ def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tens
     return head.backward_through_activation(_ops.seq_logp_backward(*arguments)[0], scored.logits)
 
 
+def gradient_of_entropy(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
+    """`[r, V]`: coefficient of a row times d entropy / d (x W^T + bias), in a new matrix."""
+    logps = scored.logits.log_softmax(-1)
+    weights = logps.exp()
+    logps = logps.masked_fill_(weights == 0, 0.0)  # 0 log 0 = 0
+    entropy = -(weights * logps).sum(-1, keepdim=True)
+    gradient = logps.add_(entropy).mul_(weights).mul_(-coefficients.unsqueeze(1))
+    return head.backward_through_activation(gradient, scored.logits)
+
+
 def gradient_of_tile(
     logits: Tensor,
     first: int,
@@ -81,15 +91,21 @@ def gradient_of_tile(
 
 
 class Gradients:
-    """Where the three gradients of a pass are gathered, for the inputs that ask for them."""
+    """Where the three gradients of a pass are gathered, for the inputs that ask for them; `dtype` is that of
+    weight and bias as parameters."""
 
     def __init__(
-        self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool], rows: int
+        self,
+        hidden: Tensor,
+        head: Head,
+        wanted: tuple[bool, bool, bool],
+        rows: int,
+        dtype: torch.dtype,
     ) -> None:
         wide = statistics_dtype(hidden.dtype)
-        self.head = head
+        self.head, self.dtype = head, dtype
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight = WeightGradient(head.weight, rows) if wanted[1] else None
+        self.weight = WeightGradient(head.weight, rows, dtype) if wanted[1] else None
         self.bias = (
             torch.zeros_like(head.bias, dtype=wide) if wanted[2] and head.bias is not None else None
         )
@@ -137,9 +153,8 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         weight = None if self.weight is None else self.weight.finish()
-        bias = self.head.bias
-        of_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
-        return self.hidden, weight, of_bias
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return self.hidden, weight, bias
 
 
 # --- from tokens to sequences and back ----------------------------------------------------------------

@@ -168,7 +168,9 @@ class VocabParallelLogps(torch.autograd.Function):
         hidden, weight, bias, *known = saved
         activation, plan, vocab_start, group = ctx.options
         rows, head = plan.rows, Head(weight, bias, *activation)
-        gradients = Gradients(hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0])
+        gradients = Gradients(
+            hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0], weight.dtype
+        )
         of_rows = torch.zeros(
             (rows.index.shape[0], hidden.shape[1]), dtype=grad_tokens.dtype, device=hidden.device
         )

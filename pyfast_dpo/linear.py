@@ -178,7 +178,7 @@ def fused_linear_loss(
     plan = Plan(found, _checked_group(name, group, len(found.lengths)), max_rows)
     if not use_kernels_for(name, impl, hidden):
         return _torch_loss(hidden, head, plan, loss_fn, row_weights, average, statistics)
-    hidden, head = under_autocast(hidden, head)
+    hidden = under_autocast(hidden)
     if row_weights is not None:
         row_weights = row_weights.to(reference.statistics_dtype(hidden.dtype))
     loss, logps, *others = LinearLoss.apply(
@@ -226,13 +226,14 @@ def _scored_tokens(
     found = completion_rows(function, hidden, head, labels, rows, shift, ignore_index, validate)
     if not use_kernels_for(function, impl, hidden):
         return _torch_tokens(_torch_logits(hidden, head, found), found), found
-    hidden, head = under_autocast(hidden, head)
-    tokens = LinearLogps.apply(
+    hidden = under_autocast(hidden)
+    (tokens,) = LinearLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
         head.bias,
         (head.logit_scale, head.softcap),
         Plan(found, 1, max_rows),
+        False,
     )
     return tokens, found
 

@@ -158,7 +158,9 @@ def test_statistics(statistics: bool) -> None:
 )  # of chunks; 32 rows of halves, or 16 floats, are multiplied at once
 def test_gathered_gradient_of_the_weight(sizes: list[int], dtype: torch.dtype) -> None:
     vocab, width = TILE + 300, 16
-    gradient = WeightGradient(torch.zeros(vocab, width, dtype=dtype, device=DEVICE), sum(sizes))
+    gradient = WeightGradient(
+        torch.zeros(vocab, width, dtype=dtype, device=DEVICE), sum(sizes), dtype
+    )
     truth = torch.zeros(vocab, width, dtype=torch.float64)
     for size in sizes:
         part, rows = (torch.randn(size, n).to(DEVICE, dtype) for n in (vocab, width))

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo.attention import use_shared_prompt_attention
-from pyfast_dpo.trainers.scoring import (
-    completion_rows,
-    head_of,
-    model_inputs,
-    take_projections,
-)
+from pyfast_dpo.integrations.transformers import causal_lm_of, head_of
+from pyfast_dpo.trainers.scoring import completion_rows, model_inputs, take_projections
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -36,11 +32,6 @@ class Ways(NamedTuple):
     own_logits: (
         bool  # the model's own logits matrix; else completion rows through its lm_head's weight
     )
-
-
-def causal_lm_of(model: Any) -> Any:
-    """The causal language model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def choose_ways(

@@ -21,6 +21,7 @@ from pyfast_dpo.attention import no_mask
 from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.data.collators import IGNORE_INDEX
 from pyfast_dpo.functional import token_logps
+from pyfast_dpo.integrations.transformers import head_of
 from pyfast_dpo.linear import FusedLinearLoss, fused_linear_loss, linear_token_logps
 from pyfast_dpo.row_statistics import torch_row_statistics
 
@@ -135,29 +136,6 @@ def _from_hidden(model: Any, *args: Any, **kwargs: Any) -> Projection:
 
 def _from_logits(model: Any, *args: Any, **kwargs: Any) -> Projection:
     return LogitsProjection(model._forward_without_projection(*args, **kwargs).logits)
-
-
-def head_of(model: Any) -> Head:
-    """The lm_head of a causal language model, and what the model does to its logits by its configuration.
-
-    Raises:
-        ValueError: no output embeddings, or something else than a plain linear layer.
-    """
-    layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear:
-        raise ValueError(
-            f"{type(model).__name__}: the lm_head must be a torch.nn.Linear, got {type(layer).__name__}"
-        )
-    config = model.config
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    weight: Any = layer.weight
-    bias: Any = layer.bias
-    if type(weight).__name__ == "DTensor":  # sharded by itself, outside the root of FSDP
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
-    return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 # --- batches ----------------------------------------------------------------------------------------

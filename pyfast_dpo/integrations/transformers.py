@@ -1,0 +1,191 @@
+"""Causal language models of transformers: their lm_head, and supervised fine-tuning through our head.
+
+`patch_causal_lm_loss(model)` makes `model(..., labels=...)` return the same mean cross-entropy without a logits
+matrix: scored rows only, three matrix products (two where the head is frozen) instead of logits and their
+gradient in memory. transformers' Trainer and hand-written loops need no other change.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfast_dpo._head import Head
+from pyfast_dpo.completion_rows import CompletionRows
+from pyfast_dpo.linear import fused_linear_loss
+
+PROBE_TOKENS = 8
+# What the model's own logits and ours may differ by, over the largest: rounding of half types.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+HALF_TOLERANCE = 0.05
+
+
+def causal_lm_of(model: Any) -> Any:
+    """The causal language model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def head_of(model: Any) -> Head:
+    """The lm_head of a causal language model, and what the model does to its logits by its configuration.
+
+    Raises:
+        ValueError: no output embeddings, or something else than a plain linear layer.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise ValueError(
+            f"{type(model).__name__}: the lm_head must be a torch.nn.Linear, got {type(layer).__name__}"
+        )
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if type(weight).__name__ == "DTensor":  # sharded by itself, outside the root of FSDP
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def patch_causal_lm_loss(model: Any) -> None:
+    """Makes `model(..., labels=...)` compute its loss without logits, in training mode.
+
+    The output's `loss` is the model's own: the mean of the negative log-probs of `labels`, shifted by one, or
+    with `num_items_in_batch` their sum over that number; 0 where no label is scored. Its `logits` are None.
+    In evaluation mode, without labels, or where a mixture of experts asks for its balancing loss, the model's
+    own forward answers, logits included; `model(..., skip_logits=True)` or `False` decides for one call.
+    A second call does nothing. Call it before the model is wrapped (DDP, FSDP) or compiled.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one, on its device.
+
+    Raises:
+        ValueError: the lm_head is no plain linear layer (LoRA on it, quantized), or the model does something to
+            its logits that its configuration does not tell: a few tokens are tried.
+    """
+    inner = causal_lm_of(model)
+    if _is_patched(inner):
+        return
+    _check_head(inner)
+    # Something else, such as accelerate's hooks, may have put a forward of its own there.
+    inner._pyfast_dpo_forward = vars(inner).get("forward", inner.forward)
+    inner._pyfast_dpo_had_forward = "forward" in vars(inner)
+
+    # With the signature of the model's own: the Trainer reads there which columns and options it takes.
+    # A method, not a closure over the model: copy.deepcopy binds it to the copy.
+    @functools.wraps(type(inner).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    inner.forward = MethodType(forward, inner)
+
+
+def unpatch_causal_lm_loss(model: Any) -> None:
+    """Undoes `patch_causal_lm_loss`; does nothing to a model that is not patched."""
+    inner = causal_lm_of(model)
+    if not _is_patched(inner):
+        return
+    if inner._pyfast_dpo_had_forward:
+        inner.forward = inner._pyfast_dpo_forward
+    else:
+        del inner.forward
+    del inner._pyfast_dpo_forward, inner._pyfast_dpo_had_forward
+
+
+def _is_patched(model: Any) -> bool:
+    return "_pyfast_dpo_forward" in vars(model)
+
+
+def _forward(
+    model: Any,
+    *args: Any,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    skip_logits: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    scored = labels if shift_labels is None else shift_labels
+    balanced = kwargs.get("output_router_logits")
+    if balanced is None:
+        balanced = getattr(model.config, "output_router_logits", False)
+    skip = model.training if skip_logits is None else skip_logits
+    if scored is None or balanced or kwargs.get("logits_to_keep") or not skip:
+        given = {
+            "labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch,
+        }  # fmt: skip
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return model._pyfast_dpo_forward(*args, **kwargs)
+
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    as_tuple = kwargs.pop("return_dict", None) is False
+    outputs = model.base_model(*args, **{**kwargs, "use_cache": False})
+    loss = causal_lm_loss(
+        outputs.last_hidden_state, head_of(model), scored, shift_labels is None, num_items_in_batch
+    )
+    if as_tuple:
+        return (loss,)
+    return CausalLMOutputWithPast(
+        loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+    )
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    shift: bool,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of labels `[..., T]` from hidden states `[..., T, H]`, float32."""
+    rows = CompletionRows.from_labels(labels.to(hidden.device), shift=shift)
+    count = rows.index.shape[0]
+    total = max(count, 1) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(total, Tensor):
+        total = total.to(hidden.device)
+    # Tokens do not depend on each other here: each is a sequence, so that chunks fill the budget exactly.
+    rows = CompletionRows(rows.index, rows.targets, torch.ones_like(rows.index), (1,) * count)
+    return fused_linear_loss(
+        hidden,
+        head.weight,
+        None,
+        lambda logps, units: -logps.sum() / total,
+        group=1,
+        rows=rows,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+    ).loss
+
+
+def _check_head(model: Any) -> None:
+    """Raises where the lm_head, as the configuration describes it, does not give the model's own logits."""
+    head = head_of(model)
+    if head.weight.device.type == "meta" or head.weight.numel() == 0:  # nothing to try it on yet
+        return
+    tokens = torch.arange(PROBE_TOKENS, device=head.weight.device).unsqueeze(0)
+    tokens = tokens.remainder(head.weight.shape[0])
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            truth = model(input_ids=tokens, use_cache=False).logits.float()
+            logits = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+            if head.softcap is not None:
+                logits = head.softcap * torch.tanh(logits / head.softcap)
+    finally:
+        model.train(was_training)
+    difference = float((logits - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+    if difference > TOLERANCE.get(hidden.dtype, HALF_TOLERANCE):
+        raise ValueError(
+            f"patch_causal_lm_loss: {type(model).__name__} does more to its logits than its configuration "
+            f"tells: those of its lm_head's weight differ by {difference:.2g} of the largest; nothing was "
+            "patched"
+        )
