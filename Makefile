@@ -47,7 +47,7 @@ $(VENV)/.lint-tools: .ci/constraints.txt | $(BIN)/python
 
 $(VENV)/.peers: $(VENV)/.installed
 	$(BIN)/pip install -q trl
-	$(BIN)/pip install -q --no-deps liger-kernel cut-cross-entropy triton
+	$(BIN)/pip install -q --no-deps liger-kernel
 	touch $@
 
 demo: $(VENV)/.demo-model
