@@ -60,7 +60,9 @@ def work(who: str, name: str, steps: int, data: Path, model_path: str) -> None:
 
     case = CASES[name]
     torch.set_num_threads(int(os.environ["BENCH_THREADS"]))
-    lines = (data / case.data).read_text().splitlines()[: BATCH * steps]
+    lines = (data / case.data).read_text().splitlines()
+    stride = len(lines) // (BATCH * steps)  # batches of neighbours from all over the file
+    lines = [lines[BATCH * stride * i + j] for i in range(steps) for j in range(BATCH)]
     columns = ("prompt", "chosen", "rejected") if case.trainer == "DPO" else ("prompt", "completion", "label")  # fmt: skip
     rows = [{column: json.loads(line)[column] for column in columns} for line in lines]
     if who == OURS:
