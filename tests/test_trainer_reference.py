@@ -45,6 +45,22 @@ def test_precomputed_reference_trains_as_the_model_beside_it(tmp_path, tokenizer
     assert logs[0][-1]["loss"] < LN2 - 0.01
 
 
+def test_precomputed_reference_in_the_padded_layout_and_none_for_other_data(tmp_path, tokenizer):
+    losses = []
+    for shared in (True, False):
+        trainer = dpo_trainer(
+            tmp_path, tokenizer, make_model(), ref_model=make_model(seed=1), shared_prompt=shared,
+            precompute_ref_log_probs=True, learning_rate=1e-2,
+        )  # fmt: skip
+        losses.append([entry["loss"] for entry in train_log(trainer)])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+        # The policy has moved: it must not pass for the reference that is gone.
+        with pytest.raises(ValueError, match="reference's log-probs were computed before training"):
+            trainer.evaluate(make_pairs(3))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] != pytest.approx(LN2, abs=1e-4)
+
+
 def test_precomputed_reference_for_kto_and_for_evaluation(tmp_path, tokenizer):
     losses = []
     for precompute in (False, True):

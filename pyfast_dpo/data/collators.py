@@ -12,6 +12,7 @@ from torch import Tensor
 Example = dict[str, Any]
 
 IGNORE_INDEX = -100
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
 
 
 @dataclass
@@ -55,7 +56,8 @@ class DataCollatorForPreference:
         prompts = [example["prompt_ids"] for example in examples]
         responses = [example["chosen_ids"] for example in examples]
         responses += [example["rejected_ids"] for example in examples]
-        return pad_rows(prompts + prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+        batch = pad_rows(prompts + prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+        return batch | reference_values(examples)
 
 
 @dataclass
@@ -101,7 +103,16 @@ class DataCollatorForUnpairedPreference:
             kl_rows = pad_rows(prompts, others, self.pad_token_id, self.pad_to_multiple_of)
             batch.update({f"KL_{name}": rows for name, rows in kl_rows.items()})
         batch["label"] = torch.tensor([example["label"] for example in examples], dtype=torch.bool)
-        return batch
+        return batch | reference_values(examples)
+
+
+def reference_values(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """The reference's log-probs that were computed before, `[N]` float32 each, if the examples have them."""
+    return {
+        name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
+        for name in REFERENCE_COLUMNS
+        if name in examples[0]
+    }
 
 
 def mismatched_completions(examples: Sequence[Example], max_length: int | None) -> list[Any]:

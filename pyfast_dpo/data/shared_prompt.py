@@ -10,11 +10,9 @@ import torch
 
 from pyfast_dpo.attention.layout import SharedPromptRow, pack_row
 from pyfast_dpo.completion_rows import CompletionRows
-from pyfast_dpo.data.collators import Example, mismatched_completions
+from pyfast_dpo.data.collators import Example, mismatched_completions, reference_values
 
 Batch = dict[str, Any]
-
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
 
 
 @dataclass
@@ -52,7 +50,7 @@ class SharedPromptCollatorForPreference:
             "sequence_tokens": torch.tensor(tokens),
             **_row(row),
             "completion_rows": _scored(row, 0, len(row.lengths)),
-            **_reference(examples),
+            **reference_values(examples),
         }
 
 
@@ -89,7 +87,7 @@ class SharedPromptCollatorForUnpairedPreference:
             "completion_rows": _scored(row, 0, count),
             **kl_rows,
             "label": torch.tensor([example["label"] for example in examples], dtype=torch.bool),
-            **_reference(examples),
+            **reference_values(examples),
         }
 
 
@@ -107,11 +105,3 @@ def _scored(row: SharedPromptRow, first: int, last: int) -> CompletionRows:
     stop = start + sum(lengths)
     counts = torch.tensor(lengths, dtype=torch.int64)
     return CompletionRows(row.index[start:stop], row.targets[start:stop], counts, lengths)
-
-
-def _reference(examples: Sequence[Example]) -> Batch:
-    return {
-        name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
-        for name in REFERENCE_COLUMNS
-        if name in examples[0]
-    }

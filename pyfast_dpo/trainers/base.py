@@ -112,6 +112,7 @@ class PreferenceTrainer(Trainer):
             )
         self.data_reports: dict[str, DataReport] = {}  # by name of the dataset
         self._averages = {"train": MetricAverages(), "eval": MetricAverages()}
+        self._reference_is_gone = False  # when its log-probs were computed before training
         self._tokens_since_log: list[Tensor] = []
         self._log_time: float | None = None
 
@@ -150,6 +151,8 @@ class PreferenceTrainer(Trainer):
             self._precompute_reference(train_dataset, "train")
             for key, dataset in _named(eval_dataset, "eval").items():
                 self._precompute_reference(dataset, key)
+            # Without a second model, an adapter's base is still there for other data.
+            self._reference_is_gone = ref_model is not None or not hasattr(model, "peft_config")
             self.ref_model = None
         if args.sync_ref_model:
             self.add_callback(
@@ -251,6 +254,12 @@ class PreferenceTrainer(Trainer):
             if self.ref_model is not None:
                 yield self.ref_model
                 return
+            if self._reference_is_gone:
+                raise ValueError(
+                    f"{type(self).__name__}: the reference's log-probs were computed before training, and the "
+                    "batch has none; give every dataset to the constructor, and let the collator keep the "
+                    f"columns {self.reference_columns}"
+                )
             unwrapped = self.accelerator.unwrap_model(self._policy)
             with as_reference(self._policy, unwrapped, self._reference_adapter) as model:
                 yield model
