@@ -122,19 +122,26 @@ state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
 if trainer.is_world_process_zero():
     (folder / "log.json").write_text(json.dumps(log))
     torch.save({name: value.clone() for name, value in state.items()}, folder / "weights.pt")
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
-def run(folder, options, *, kill_at=0, processes=1, environment=None):
+def run(folder, options, *, kill_at=0, processes=1):
+    return launch(folder, RUN, [str(folder), json.dumps(options), str(kill_at)], processes)
+
+
+def launch(folder, script, arguments, processes):
     folder.mkdir(exist_ok=True)
-    script = folder / "run.py"
-    script.write_text(RUN)
+    path = folder / "run.py"
+    path.write_text(script)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*launcher, str(script), str(TESTS), str(folder), json.dumps(options), str(kill_at)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        [*launcher, str(path), str(TESTS), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -164,22 +171,9 @@ def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(tmp_path, tokenize
             assert first[name] == second[name], f"step {first['step']}: {name}"
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},  # DDP
-        {  # FSDP2
-            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        },
-    ],
-    ids=["ddp", "fsdp2"],
-)  # fmt: skip
-def test_two_processes_train_as_one(tmp_path, tokenizer, environment):
+def test_two_processes_train_as_one(tmp_path, tokenizer):
     options = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
-    done = run(
-        tmp_path, options, processes=2, environment={"ACCELERATE_USE_CPU": "true", **environment}
-    )
+    done = run(tmp_path, options, processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     log = json.loads((tmp_path / "log.json").read_text())
     one = dpo_trainer(
@@ -191,3 +185,47 @@ def test_two_processes_train_as_one(tmp_path, tokenizer, environment):
     weights = torch.load(tmp_path / "weights.pt")
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# accelerate shards on GPUs only, so here the model that the trainer has prepared is sharded by hand.
+SHARDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from test_trainers import config
+from tiny_models import make_model, make_pairs, make_tokenizer
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from pyfast_dpo.trainers import DPOConfig, DPOTrainer
+
+trainer = DPOTrainer(
+    make_model(), make_model(seed=1), config(DPOConfig, sys.argv[2]), train_dataset=make_pairs(8),
+    processing_class=make_tokenizer(),
+)
+model = trainer.model
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+assert isinstance(model, FSDPModule)
+examples = trainer.train_dataset.examples[dist.get_rank()::2]
+trainer.compute_loss(model, trainer.data_collator(examples)).backward()
+gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+if dist.get_rank() == 0:
+    torch.save(gradients, sys.argv[2] + "/gradients.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_gradients_of_a_sharded_model_are_those_of_the_whole(tmp_path, tokenizer):
+    done = launch(tmp_path, SHARDED, [str(tmp_path)], processes=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    sharded = torch.load(tmp_path / "gradients.pt")
+    trainer = dpo_trainer(
+        tmp_path, tokenizer, make_model(), ref_model=make_model(seed=1), rows=make_pairs(8)
+    )
+    batch = trainer.data_collator(trainer.train_dataset.examples)
+    trainer.compute_loss(trainer.model, batch).backward()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(sharded[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
