@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format bench wheel test-torches gpu-check clean
+.PHONY: help demo test lint format bench sdist wheel test-torches gpu-check clean
 
 help:
 	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench      measure everything against its peers; writes bench/results (an hour)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     apply ruff and clang-format"
+	@echo "make sdist      the source distribution alone, in dist/"
 	@echo "make wheel      sdist and a wheel built from it, in dist/"
 	@echo "make test-torches  the wheel under torch 2.10 and 2.11 (downloads 12 GB)"
 	@echo "make gpu-check  on a machine with a GPU, torch and nvcc: device tests, then benchmarks"
@@ -72,6 +73,10 @@ format: $(VENV)/.lint-tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+sdist: $(VENV)/.build-tools
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist
 
 wheel: $(VENV)/.build-tools
 	rm -rf dist
