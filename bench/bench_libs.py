@@ -10,35 +10,31 @@ sequence's log-prob against float64 from the same inputs, in nats.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_linear import (
-    CASES,
     FLOOR,
     FROZEN,
     OURS,
     PEERS,
-    QUICK,
     Batch,
     Case,
     Loss,
     by_hand_tokens,
     dpo,
-    find_missing,
     liger_outputs,
     make_batch,
     measure,
-    read_cases,
     report,
+    run_cases,
     trl_tokens,
 )
-from common import Spread, environment, start_fork_server
-from report import Bar, Progress, draw_bars, load_pyplot, table, write_json
+from common import Spread
+from report import Bar, Progress, draw_bars, load_pyplot, table
 from torch import Tensor
 
 import pyfast_dpo
@@ -99,7 +95,7 @@ SEQUENCES: dict[str, Callable[[Batch], Tensor]] = {
 
 
 @torch.no_grad()
-def errors(case: Case, missing: dict[str, str]) -> dict[str, float]:
+def errors(case: Case, missing: Collection[str]) -> dict[str, float]:
     """Largest error of a sequence's log-prob, in nats; of the stated functions, summed in their own dtype."""
     batch = make_batch(case)
     truth = by_rows_in_float64(batch)
@@ -172,36 +168,17 @@ def draw(content: dict[str, Any], path: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small shape: not a claim")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, help="default 5, with --quick 3")
-    parser.add_argument("--case", default="", help="only cases whose name has this in it")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    options = parser.parse_args(arguments)
-    start_fork_server(["torch", "pyfast_dpo"])
-    torch.set_num_threads(options.threads)
-    cases, rounds = (QUICK, 3) if options.quick else (CASES, 5)
-    chosen = [case for case in cases if options.case in str(case)]
-    facts, missing = environment(), find_missing(EVERYBODY)
-    peers = {name: loss for name, loss in EVERYBODY.items() if name not in missing}
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    for name, reason in missing.items():
-        print(f"skipped: {name} ({reason})")
-    kept = read_cases(options.out / FILE) if options.case else {}
-    progress = Progress(3 * len(chosen))
-    for case in chosen:
-        result = measure(case, peers, options.rounds or rounds, progress)
+    def measure_case(
+        case: Case, peers: dict[str, Loss], rounds: int, progress: Progress
+    ) -> dict[str, Any]:
+        result = measure(case, peers, rounds, progress)
         progress.next(f"{case}: error")
-        result["errors"] = errors(case, missing)
-        progress.done()
-        kept[str(case)] = result
-        print(report(result), error_table(result["errors"]), sep="\n\n", flush=True)
-    results = [kept[str(case)] for case in cases if str(case) in kept]
-    content = {"environment": facts, "quick": options.quick, "skipped": missing, "cases": results}
-    write_json(options.out / FILE, content)
-    draw(content, options.out / FILE.replace(".json", ".png"))
-    print(f"written: {options.out / FILE}")
+        return result | {"errors": errors(case, EVERYBODY.keys() - peers.keys())}
+
+    def show(result: dict[str, Any]) -> str:
+        return f"{report(result)}\n\n{error_table(result['errors'])}"
+
+    run_cases(__doc__, arguments, FILE, EVERYBODY, 3, measure_case, show, draw)
 
 
 if __name__ == "__main__":

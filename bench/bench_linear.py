@@ -284,7 +284,25 @@ def draw(content: dict[str, Any], path: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    run_cases(__doc__, arguments, FILE, PEERS, 2, measure, report, draw)
+
+
+def run_cases(
+    doc: str | None,
+    arguments: list[str] | None,
+    file: str,
+    everybody: dict[str, Loss],
+    stages: int,
+    measure_case: Callable[[Case, dict[str, Loss], int, Progress], dict[str, Any]],
+    show: Callable[[dict[str, Any]], str],
+    picture: Callable[[dict[str, Any], Path], bool],
+) -> None:
+    """The command line of a benchmark over these cases: measures, prints, writes JSON and a PNG.
+
+    Args:
+        stages: how often `measure_case` tells its progress.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small shape: not a claim")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 3")
@@ -297,22 +315,23 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     cases, rounds = (QUICK, 3) if options.quick else (CASES, 5)
     chosen = [case for case in cases if options.case in str(case)]
-    kept = {} if not options.case else read_cases(options.out / FILE)
-    progress = Progress(2 * len(chosen))
-    facts, missing = environment(), find_missing(PEERS)
-    peers = {name: loss for name, loss in PEERS.items() if name not in missing}
+    path = options.out / file
+    kept = read_cases(path) if options.case else {}
+    progress = Progress(stages * len(chosen))
+    facts, missing = environment(), find_missing(everybody)
+    peers = {name: loss for name, loss in everybody.items() if name not in missing}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     for name, reason in missing.items():
         print(f"skipped: {name} ({reason})")
     for case in chosen:
-        kept[str(case)] = measure(case, peers, options.rounds or rounds, progress)
+        kept[str(case)] = measure_case(case, peers, options.rounds or rounds, progress)
         progress.done()
-        print(report(kept[str(case)]), flush=True)
+        print(show(kept[str(case)]), flush=True)
     results = [kept[str(case)] for case in cases if str(case) in kept]
     content = {"environment": facts, "quick": options.quick, "skipped": missing, "cases": results}
-    write_json(options.out / FILE, content)
-    draw(content, options.out / "bench_linear.png")
-    print(f"written: {options.out / FILE}")
+    write_json(path, content)
+    picture(content, path.with_suffix(".png"))
+    print(f"written: {path}")
 
 
 def read_cases(path: Path) -> dict[str, dict[str, Any]]:

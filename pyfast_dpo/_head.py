@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyfast_dpo import _ops
 
-TILE = (
-    8192  # vocabulary entries of the weight's gradient at a time on CUDA: bounds its extra memory
-)
+# Vocabulary entries of the weight's gradient at a time on CUDA: bounds its extra memory. (TILE of _linear_scores
+# fixes an order of sums, and may change without this one.)
+GRADIENT_TILE = 8192
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -109,9 +109,8 @@ class WeightGradient:
         self.total: Tensor | None = None  # float32 (float64)
         self.result: Tensor | None = None  # of the parameter's dtype: what the last part writes
         self.accumulate = False
-        self.gathered: list[
-            tuple[Tensor, Tensor]
-        ] = []  # on CUDA: parts that wait for their product
+        # On CUDA: parts that wait for their product.
+        self.gathered: list[tuple[Tensor, Tensor]] = []
 
     def start(self, rows: int) -> None:
         """Before the next part, of that many rows."""
@@ -160,8 +159,8 @@ class WeightGradient:
         out = before
         if out is None or out.dtype != dtype:
             out = torch.empty_like(self.weight, dtype=dtype)
-        for first in range(0, self.weight.shape[0], TILE):
-            tile = slice(first, first + TILE)
+        for first in range(0, self.weight.shape[0], GRADIENT_TILE):
+            tile = slice(first, first + GRADIENT_TILE)
             product = wide_product(torch.cat([part[:, tile] for part in gradients]).T, joined)
             if before is not None:
                 product += before[tile]

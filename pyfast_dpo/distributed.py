@@ -184,9 +184,8 @@ class VocabParallelLogps(torch.autograd.Function):
             )
             if partial is not None:
                 of_rows[part] = partial
-        if (
-            gradients.hidden is not None
-        ):  # once, in float32: parts may be cut differently on other ranks
+        if gradients.hidden is not None:
+            # Once, in float32: parts may be cut differently on other ranks.
             dist.all_reduce(of_rows, group=group)
             add_rows(gradients.hidden, rows.index, of_rows)
         return list(gradients.finish())

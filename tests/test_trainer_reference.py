@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from test_trainers import LN2, config, dpo_trainer, lora, train_log
-from tiny_models import make_model, make_pairs, make_tokenizer
+from tiny_models import Stream, make_model, make_pairs, make_tokenizer
 
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from pyfast_dpo.trainers import reference as reference_module
@@ -164,7 +164,7 @@ def test_a_reference_that_cannot_be(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="sync_ref_model needs a reference model of its own"):
         dpo_trainer(tmp_path, tokenizer, peft_config=lora(), sync_ref_model=True)
     with pytest.raises(ValueError, match="precompute_ref_log_probs needs a dataset with a length"):
-        dpo_trainer(tmp_path, tokenizer, rows=_Stream(make_pairs()), precompute_ref_log_probs=True)
+        dpo_trainer(tmp_path, tokenizer, rows=Stream(make_pairs()), precompute_ref_log_probs=True)
     peft = pytest.importorskip("peft")
     with pytest.raises(
         ValueError, match="PromptTuningConfig puts virtual tokens before the prompt"
@@ -177,13 +177,3 @@ def test_a_reference_that_cannot_be(tmp_path, tokenizer):
         DPOTrainer(
             torch.nn.Linear(2, 2), args=config(DPOConfig, tmp_path), processing_class=tokenizer
         )
-
-
-class _Stream:
-    """Rows that can be read again but have no length."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)

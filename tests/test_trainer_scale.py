@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from test_trainers import LN2, config, dpo_trainer, train_log
-from tiny_models import make_model, make_pairs, make_tokenizer
+from tiny_models import Stream, make_model, make_pairs, make_tokenizer
 
 from pyfast_dpo.trainers import KTOConfig, KTOTrainer
 
@@ -43,16 +43,6 @@ def test_one_batch_of_eight_is_eight_batches_of_one(tmp_path, tokenizer):
             assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
             assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
             assert second["rewards/margins"] == pytest.approx(first["rewards/margins"], abs=1e-5)
-
-
-class Stream:
-    """Rows that can be read again but have no length."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 @pytest.mark.parametrize("with_datasets", [False, True])

@@ -57,3 +57,13 @@ def make_pairs(count: int = 16) -> list[dict[str, str]]:
         }
         for i in range(count)
     ]
+
+
+class Stream:
+    """Rows that can be read again but have no length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)

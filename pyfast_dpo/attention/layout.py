@@ -74,9 +74,7 @@ class SharedPromptRow:
     layout: SharedPromptLayout
     tokens: Tensor  # [T] int64
     index: Tensor  # [R] int64: the position whose hidden state scores each scored token
-    targets: (
-        Tensor  # [R] int64: the scored tokens, those of a sequence after those of the one before
-    )
+    targets: Tensor  # [R] int64: the scored tokens, one sequence after the other
     lengths: tuple[int, ...]  # scored tokens of every sequence
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,9 +30,7 @@ class Ways(NamedTuple):
     """How a model is called."""
 
     shared_prompt: bool  # each prompt once, no padding; else one padded row a sequence
-    own_logits: (
-        bool  # the model's own logits matrix; else completion rows through its lm_head's weight
-    )
+    own_logits: bool  # the whole logits matrix; else completion rows through the lm_head's weight
 
 
 def choose_ways(
@@ -72,12 +71,12 @@ def choose_ways(
     was_training = model.training
     model.eval()
 
-    def scores(collator: Collator, own_logits: bool) -> tuple[Tensor, Tensor]:
+    @functools.cache  # both checks ask for the padded layout
+    def scores(shared_prompt: bool, own_logits: bool) -> tuple[Tensor, Tensor]:
         """(hidden states or logits of the scored rows, log-probs a token of the responses)"""
         take_projections(inner, own_logits=own_logits)
-        batch = {
-            k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator(short).items()
-        }
+        batch = (shared if shared_prompt else padded)(short)
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         rows = completion_rows(batch)
         with torch.no_grad(), context():
             states, logps = model(
@@ -85,15 +84,15 @@ def choose_ways(
             )
         return states.double(), logps / rows.counts.clamp(min=1)
 
+    # Whatever a model of somebody else's raises, the other way remains.
+
     def against_head() -> str | None:
         try:
             head_of(inner)
             if not measured:
                 return None
-            difference = float((scores(padded, False)[1] - scores(padded, True)[1]).abs().mean())
-        except (
-            Exception
-        ) as error:  # whatever a model of somebody else's raises, the other way remains
+            difference = float((scores(False, False)[1] - scores(False, True)[1]).abs().mean())
+        except Exception as error:
             return f"{type(error).__name__}: {error}"
         if difference <= head_tolerance:
             return None
@@ -104,7 +103,7 @@ def choose_ways(
             use_shared_prompt_attention(inner)
             if not measured:
                 return None
-            truth, result = scores(padded, own_logits)[0], scores(shared, own_logits)[0]
+            truth, result = scores(False, own_logits)[0], scores(True, own_logits)[0]
             difference = float((result - truth).norm() / truth.norm())
         except Exception as error:
             return f"{type(error).__name__}: {error}"

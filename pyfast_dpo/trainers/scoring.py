@@ -98,11 +98,14 @@ class LogitsProjection:
         group: int | None = 2,
         row_weights: Tensor | None = None,
     ) -> FusedLinearLoss:
-        logps = self.sequence_logps(rows, row_weights=row_weights)
+        logits = self.states(rows)
+        logps = sums_of_sequences(
+            token_logps(logits, rows.targets), rows.counts, row_weights, average=False
+        )
         stacked = logps.view(len(rows.lengths) if group is None else group, -1)
         returned = loss_fn(stacked, slice(0, stacked.shape[1]))
         loss, outputs = returned if isinstance(returned, tuple) else (returned, ())
-        statistics = torch_row_statistics(self.states(rows).float(), rows.targets)
+        statistics = torch_row_statistics(logits.float(), rows.targets)
         return FusedLinearLoss(loss.to(logps.dtype), logps.detach(), outputs, statistics)
 
 
@@ -159,9 +162,8 @@ def completion_rows(batch: Batch, prefix: str = "") -> CompletionRows:
     device."""
     rows = batch.get(prefix + "completion_rows")
     if rows is not None:
-        return rows.to(
-            batch["input_ids"].device
-        )  # the Trainer moves tensors, but not what holds them
+        # The Trainer moves tensors, but not what holds them.
+        return rows.to(batch["input_ids"].device)
     return CompletionRows.from_labels(batch["labels"], shift=True, ignore_index=IGNORE_INDEX)
 
 
