@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pyfast_dpo
 from pyfast_dpo import CompletionRows
-from pyfast_dpo._head import TILE, WeightGradient
+from pyfast_dpo._head import GRADIENT_TILE, WeightGradient
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Step = Callable[["Batch"], list[Tensor]]
@@ -157,7 +157,7 @@ def test_statistics(statistics: bool) -> None:
     "sizes", [[5], [5, 9], [20, 20, 20, 1], [70], [33, 64, 2]], ids=str
 )  # of chunks; 32 rows of halves, or 16 floats, are multiplied at once
 def test_gathered_gradient_of_the_weight(sizes: list[int], dtype: torch.dtype) -> None:
-    vocab, width = TILE + 300, 16
+    vocab, width = GRADIENT_TILE + 300, 16
     gradient = WeightGradient(
         torch.zeros(vocab, width, dtype=dtype, device=DEVICE), sum(sizes), dtype
     )
