@@ -78,7 +78,7 @@ class Head(NamedTuple):
         return gradient
 
     def gradient_of_rows(self, gradient: Tensor) -> Tensor:
-        """`[r, V]` float32, or on CUDA the weight's dtype -> `[r, H]` float32: gradient W."""
+        """`[r, V]` float32, or of the weight's half dtype (on the CPU bfloat16) -> `[r, H]` float32: gradient W."""
         if gradient.dtype == torch.float64:
             return gradient @ self.weight
         if gradient.is_cuda:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from pyfast_dpo import _ops
 from pyfast_dpo._head import Head, LogitsBuffer, add_rows
 from pyfast_dpo._linear_scores import (
     TILE,
@@ -24,6 +25,8 @@ from pyfast_dpo._linear_scores import (
     coefficients_of_rows,
     gradient_of_entropy,
     gradient_of_logits,
+    keep_gradient_of_logits,
+    keeps_gradients,
     score,
     sums_of_sequences,
 )
@@ -62,6 +65,20 @@ class Plan(NamedTuple):
     rows: CompletionRows
     group: int  # sequences in a unit
     max_rows: int  # rows whose logits fit the budget
+    # The budget is for kept gradients (`keeps_gradients`), and half as much beside it for logits.
+    kept: bool = False
+
+    @property
+    def chunk_rows(self) -> int:
+        return 2 * self.max_rows if self.kept else self.max_rows
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows whose logits exist at a time."""
+        if not self.kept:
+            return self.max_rows
+        panel = _ops.HEAD_PANEL_ROWS
+        return min(-(-self.max_rows // (2 * panel)) * panel, self.max_rows)
 
     def units(self) -> int:
         return len(self.rows.lengths) // self.group
@@ -75,7 +92,7 @@ class Plan(NamedTuple):
         while first == 0 or first < units:
             last = min(first + 1, units)
             total = sum(sizes[first:last])
-            while last < units and total + sizes[last] <= self.max_rows:
+            while last < units and total + sizes[last] <= self.chunk_rows:
                 total += sizes[last]
                 last += 1
             yield Chunk(
@@ -86,15 +103,16 @@ class Plan(NamedTuple):
 
     def pieces(self, rows: int) -> list[slice]:
         """Parts of so many rows whose logits fit the budget."""
-        return [slice(i, min(i + self.max_rows, rows)) for i in range(0, rows, self.max_rows)]
+        size = self.piece_rows
+        return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
     def parts(self, rows: int, vocab: int) -> list[slice]:
         """Parts of so many rows of which a tile of the vocabulary fits the budget."""
-        size = self.max_rows * vocab // min(TILE, vocab)
+        size = self.piece_rows * vocab // min(TILE, vocab)
         return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
     def buffer(self, vocab: int) -> LogitsBuffer:
-        return LogitsBuffer(min(self.max_rows, self.rows.index.shape[0]) * vocab)
+        return LogitsBuffer(min(self.piece_rows, self.rows.index.shape[0]) * vocab)
 
 
 class LossOptions(NamedTuple):
@@ -118,13 +136,15 @@ class LinearLoss(torch.autograd.Function):
         activation: tuple[float, float | None],
         options: LossOptions,
     ) -> tuple[Tensor, ...]:
-        head, plan = Head.of(weight, bias, activation, hidden.dtype), options.plan
-        wanted = ctx.needs_input_grad[:3]
+        head, wanted = Head.of(weight, bias, activation, hidden.dtype), ctx.needs_input_grad[:3]
+        plan = options.plan._replace(kept=keeps_gradients(head, wanted))
         rows, wide = plan.rows, statistics_dtype(hidden.dtype)
         # Without gradients of the head nothing but a factor a row waits for the loss.
         frozen = wanted[0] and not any(wanted[1:])
         gradients = Gradients(hidden, head, wanted, rows.index.shape[0], weight.dtype)
         buffer = plan.buffer(weight.shape[0])
+        kept_rows = min(plan.chunk_rows, rows.index.shape[0]) if plan.kept else 0
+        kept_gradients = weight.new_empty((kept_rows, weight.shape[0]), dtype=head.weight.dtype)
         loss = hidden.new_zeros((), dtype=torch.float64)
         logps = hidden.new_empty((plan.group, plan.units()), dtype=wide)
         kept: list[tuple[Tensor, ...]] = []
@@ -133,6 +153,7 @@ class LinearLoss(torch.autograd.Function):
         for chunk in plan.chunks():
             index, targets = chunk.of(rows.index), chunk.of(rows.targets)
             pieces = plan.pieces(index.shape[0])
+            keep = plan.kept and index.shape[0] <= kept_rows
             scored: list[Scored] = []
             of_rows: list[Tensor] = []  # gradients of the rows, up to the factors that wait
             measured: list[LinearStatistics] = []
@@ -145,6 +166,8 @@ class LinearLoss(torch.autograd.Function):
                     ones = torch.ones_like(scored[-1].statistics.tokens)
                     gradient = gradient_of_logits(scored[-1], ones, head)
                     of_rows.append(head.gradient_of_rows(gradient))
+                elif keep:
+                    keep_gradient_of_logits(scored[-1], kept_gradients[piece])
             if statistics is not None and measured:
                 for values, parts in zip(statistics, zip(*measured, strict=True), strict=True):
                     chunk.write(values, torch.cat(parts))
@@ -167,6 +190,9 @@ class LinearLoss(torch.autograd.Function):
                 for piece, part in zip(pieces, of_rows, strict=True):
                     part *= coefficients[piece].unsqueeze(1)
                     add_rows(gradients.hidden, index[piece], part)
+            elif keep:
+                states = hidden.index_select(0, index)
+                gradients.add_kept(kept_gradients[: len(states)], coefficients, states, index)
             elif len(pieces) == 1:
                 gradients.add(gradient_of_logits(scored[0], coefficients, head), states, index)
             else:

@@ -41,14 +41,30 @@ def score(states: Tensor, targets: Tensor, head: Head, buffer: LogitsBuffer) -> 
     return Scored(logits, targets, Statistics(tokens[0], row_max[0], row_sum[0]))
 
 
+def keeps_gradients(head: Head, wanted: tuple[bool, bool, bool]) -> bool:
+    """Whether the gradients of the logits wait for the loss in bfloat16, at half the logits' memory: the CPU's
+    products of a bfloat16 head round them so anyway. With a frozen head nothing waits but a factor a row."""
+    weight = head.weight
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and head.softcap is None
+        and wanted[1]
+        and not wanted[2]
+    )
+
+
+def keep_gradient_of_logits(scored: Scored, out: Tensor) -> None:
+    """Writes d log-prob / d logits to out `[r, V]`, for a head without soft-cap."""
+    _ops.seq_logp_backward_out(
+        *_backward_arguments(scored, torch.ones_like(scored.statistics.tokens)), out.unsqueeze(0)
+    )
+
+
 def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
     """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias), in the dtype that the products take:
     a half weight's on CUDA, else that of the logits, which it overwrites if it can."""
-    logits = scored.logits.unsqueeze(0)
-    arguments = (
-        None, coefficients.unsqueeze(0), logits, scored.targets.unsqueeze(0),
-        *(values.unsqueeze(0) for values in scored.statistics), logits.new_ones(1), NONE_IGNORED, False,
-    )  # fmt: skip
+    logits, arguments = scored.logits, _backward_arguments(scored, coefficients)
     if head.plain and logits.is_cuda and head.weight.dtype != logits.dtype:
         # Read 4 bytes an element, write 2: no pass of its own that rounds.
         return _ops.seq_logp_backward(*arguments, out_dtype=head.weight.dtype)[0]
@@ -56,6 +72,14 @@ def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tens
         _ops.seq_logp_backward_(*arguments)
         return head.backward_through_activation(scored.logits, scored.logits)
     return head.backward_through_activation(_ops.seq_logp_backward(*arguments)[0], scored.logits)
+
+
+def _backward_arguments(scored: Scored, coefficients: Tensor) -> tuple[Any, ...]:
+    logits = scored.logits.unsqueeze(0)
+    return (
+        None, coefficients.unsqueeze(0), logits, scored.targets.unsqueeze(0),
+        *(values.unsqueeze(0) for values in scored.statistics), logits.new_ones(1), NONE_IGNORED, False,
+    )  # fmt: skip
 
 
 def gradient_of_entropy(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
@@ -117,6 +141,17 @@ class Gradients:
         self._add_to_head(gradient, states, slice(0, gradient.shape[1]))
         if self.hidden is not None:
             add_rows(self.hidden, index, self.head.gradient_of_rows(gradient))
+
+    def add_kept(self, kept: Tensor, coefficients: Tensor, states: Tensor, index: Tensor) -> None:
+        """From d log-prob / d logits `[r, V]` of rows whose coefficients are known now. For the weight the
+        coefficients are multiplied into the states, which are few, and rounded once more."""
+        factors = (coefficients * self.head.logit_scale).unsqueeze(1)
+        if self.weight is not None:
+            self.weight.start(states.shape[0])
+            whole = slice(0, kept.shape[1])
+            self.weight.add(kept, (states * factors).to(states.dtype), whole)
+        if self.hidden is not None:
+            add_rows(self.hidden, index, self.head.gradient_of_rows(kept).mul_(factors))
 
     def add_by_tiles(
         self,

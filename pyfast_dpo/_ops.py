@@ -25,12 +25,14 @@ _namespace = torch.ops.pyfast_dpo
 seq_logp = _namespace.seq_logp
 seq_logp_backward = _namespace.seq_logp_backward
 seq_logp_backward_ = _namespace.seq_logp_backward_
+seq_logp_backward_out = _namespace.seq_logp_backward_out
 pair_loss = _namespace.pair_loss
 unpaired_loss = _namespace.unpaired_loss
 row_statistics = _namespace.row_statistics
 head_logits_ = _namespace.head_logits_
 head_grad_rows = _namespace.head_grad_rows
 head_grad_weight_ = _namespace.head_grad_weight_
+HEAD_PANEL_ROWS: int = _C.head_panel_rows()  # the CPU's products take rows in such lots
 
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
 
@@ -73,6 +75,7 @@ def _(
 
 
 @torch.library.register_fake("pyfast_dpo::seq_logp_backward_")
+@torch.library.register_fake("pyfast_dpo::seq_logp_backward_out")
 def _(*args):
     return None
 
@@ -178,7 +181,7 @@ def _(out, rows, weight):
 
 @torch.library.register_fake("pyfast_dpo::head_grad_rows")
 def _(gradient, weight):
-    return gradient.new_empty((gradient.shape[0], weight.shape[1]))
+    return gradient.new_empty((gradient.shape[0], weight.shape[1]), dtype=torch.float32)
 
 
 @torch.library.register_fake("pyfast_dpo::head_grad_weight_")

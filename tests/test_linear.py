@@ -96,6 +96,9 @@ def test_products_have_float32_sums_of_exact_inputs(rows, hidden, vocab, dtype):
             1
         ] ** 0.5 * 2**-23 + 2**-23
         assert_rule(name, ours, left.float() @ right.float(), truth, bound)
+    if dtype == torch.bfloat16:
+        assert torch.equal(_ops.head_grad_rows(d.bfloat16(), w), _ops.head_grad_rows(d, w))
+        assert torch.equal(head_grad_weight(d.bfloat16(), x), head_grad_weight(d, x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
@@ -149,6 +152,18 @@ def test_products_are_proper_operators(dtype):
         (namespace.head_grad_weight_, (torch.zeros(5, 4), d, x, True, None)),
     ):
         torch.library.opcheck(operator, arguments)
+    if dtype == torch.bfloat16:
+        torch.library.opcheck(namespace.head_grad_rows, (d.bfloat16(), w))
+        return
+    for wrong in (d.bfloat16(), d.double()):
+        with pytest.raises(
+            RuntimeError, match="head_grad_rows: gradient must be float32, or bfloat16"
+        ):
+            namespace.head_grad_rows(wrong, w)
+        with pytest.raises(
+            RuntimeError, match="head_grad_weight_: gradient must be float32, or bfloat16"
+        ):
+            namespace.head_grad_weight_(torch.zeros(5, 4), wrong, x, True, None)
 
 
 # --- log-probs --------------------------------------------------------------------------------------
@@ -373,6 +388,21 @@ def test_a_loss_costs_no_more_products_than_it_must(products, trainable, budget,
     scored = int((labels != -100).sum())
     assert products == [(name, scored) for name in expected]
     assert (weight.grad is not None) == trainable
+
+
+def test_a_bfloat16_head_keeps_the_gradients_of_twice_the_rows(products):
+    """A pair whose logits exceed the budget, but not the gradients in bfloat16, is not computed twice."""
+    hidden, weight, _, labels = problem(sequences=2, dtype=torch.bfloat16)
+    scored = int((labels != -100).sum())
+    hidden.requires_grad_(), weight.requires_grad_()
+    budget = 4 * 211 * -(-scored // 2)
+    fused_linear_dpo_loss(hidden, weight, labels, max_chunk_bytes=budget).loss.backward()
+    rows = {name: sum(n for called, n in products if called == name) for name, _ in products}
+    assert rows == dict.fromkeys(("head_logits_", "head_grad_weight_", "head_grad_rows"), scored)
+    assert max(n for name, n in products if name == "head_logits_") <= scored // 2 + 1
+    products.clear()
+    fused_linear_dpo_loss(hidden, weight, labels, max_chunk_bytes=budget - 4 * 211 * 2)
+    assert sum(n for name, n in products if name == "head_logits_") > scored
 
 
 def test_the_reference_costs_one_product_and_evaluation_too(products):

@@ -136,16 +136,17 @@ static void logits_tile(const HeadParams& p, int64_t tile, float* workspace) {
 
 // grad_rows[first:last] = gradient[first:last, begin:end] weight[begin:end], in blocks of the
 // vocabulary.
-template <class T, class Format>
+template <class T, class Gradient, class Format>
 static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, int64_t begin,
                              int64_t end, float* workspace) {
+  const Gradient* gradient = static_cast<const Gradient*>(p.gradient);
   const int64_t panels = (last - first + kRows - 1) / kRows;
   float* left = workspace;
   float* right = workspace + panels * Format::units(kDepth) * kLeft;
   for (int64_t v = begin; v < end; v += kDepth) {
     const int64_t depth = least(kDepth, end - v), units = Format::units(depth);
     for (int64_t i = first; i < last; i += kRows) {
-      Format::pack_rows(p.logits + i * p.vocab + v, p.vocab, least(kLeft, last - i), depth,
+      Format::pack_rows(gradient + i * p.vocab + v, p.vocab, least(kLeft, last - i), depth,
                         left + (i - first) / kRows * units * kLeft, kLeft);
     }
     for (int64_t h = 0; h < p.hidden; h += kColumns) {
@@ -162,12 +163,13 @@ static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, i
 }
 
 // grad_weight[block] = total + gradient[:, block]^T rows for one block of kPanels left panels.
-template <class Out, class Format>
+template <class Out, class Gradient, class Format>
 static void gradient_of_weight(const HeadParams& p, int64_t block, float* workspace) {
   const int64_t first = block * kPanels * kRows, last = least(p.vocab, first + kPanels * kRows);
   const int64_t units = Format::units(p.rows);
   for (int64_t v = first; v < last; v += kRows) {
-    Format::template pack_columns<kLeft>(p.logits + v, p.vocab, least(kLeft, p.vocab - v), p.rows,
+    Format::template pack_columns<kLeft>(static_cast<const Gradient*>(p.gradient) + v, p.vocab,
+                                         least(kLeft, p.vocab - v), p.rows,
                                          workspace + (v - first) / kRows * units * kLeft);
   }
   for (int64_t h = 0; h < p.hidden; h += kColumns) {
@@ -221,10 +223,13 @@ static constexpr Gemm gemm() {
        pack_right<Float16, Singles>},
       {nullptr, logits_tile<float, Singles>, logits_tile<BFloat16, Bf16>,
        logits_tile<Float16, Singles>},
-      {nullptr, gradient_of_rows<float, Singles>, gradient_of_rows<BFloat16, Bf16>,
-       gradient_of_rows<Float16, Singles>},
-      {nullptr, gradient_of_weight<float, Singles>, gradient_of_weight<float, Bf16>,
-       gradient_of_weight<float, Singles>},
-      {nullptr, gradient_of_weight<float, Singles>, gradient_of_weight<BFloat16, Bf16>,
-       gradient_of_weight<Float16, Singles>}};
+      {{nullptr, gradient_of_rows<float, float, Singles>, gradient_of_rows<BFloat16, float, Bf16>,
+        gradient_of_rows<Float16, float, Singles>},
+       {nullptr, nullptr, gradient_of_rows<BFloat16, BFloat16, Bf16>, nullptr}},
+      {{nullptr, gradient_of_weight<float, float, Singles>, gradient_of_weight<float, float, Bf16>,
+        gradient_of_weight<float, float, Singles>},
+       {nullptr, nullptr, gradient_of_weight<float, BFloat16, Bf16>, nullptr}},
+      {{nullptr, gradient_of_weight<float, float, Singles>,
+        gradient_of_weight<BFloat16, float, Bf16>, gradient_of_weight<Float16, float, Singles>},
+       {nullptr, nullptr, gradient_of_weight<BFloat16, BFloat16, Bf16>, nullptr}}};
 }

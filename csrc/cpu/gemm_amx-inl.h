@@ -203,10 +203,11 @@ static void logits_tile(const HeadParams& p, int64_t tile, float* workspace) {
   }
 }
 
-template <class T>
+template <class T, class Gradient>
 static void gradient_of_rows(const HeadParams& p, int64_t first_row, int64_t last_row,
                              int64_t begin, int64_t end, float* workspace) {
   constexpr int kParts = Parts<T>::kCount;
+  const Gradient* gradient = static_cast<const Gradient*>(p.gradient);
   const TileRegisters registers;
   const int64_t panels = (last_row - first_row + kPanel - 1) / kPanel;
   constexpr int64_t kDepth = gradient_depth(kParts);
@@ -215,7 +216,7 @@ static void gradient_of_rows(const HeadParams& p, int64_t first_row, int64_t las
   for (int64_t v = begin; v < end; v += kDepth) {
     const int64_t depth = least(kDepth, end - v);
     for (int64_t i = first_row; i < last_row; i += kPanel) {
-      panel_of_rows<kParts, false>(p.logits + i * p.vocab + v, p.vocab, last_row - i, depth,
+      panel_of_rows<kParts, false>(gradient + i * p.vocab + v, p.vocab, last_row - i, depth,
                                    workspace + (i - first_row) / kPanel * size);
     }
     for (int64_t strip = 0; strip < p.hidden; strip += kStrip * kPanel) {
@@ -234,15 +235,15 @@ static void gradient_of_rows(const HeadParams& p, int64_t first_row, int64_t las
   }
 }
 
-template <class T, class Out>
+template <class T, class Gradient, class Out>
 static void gradient_of_weight(const HeadParams& p, int64_t block, float* workspace) {
   constexpr int kParts = Parts<T>::kCount;
   const TileRegisters registers;
   const int64_t first_entry = block * kGradientPanels * kPanel;
   const int64_t last_entry = least(p.vocab, first_entry + kGradientPanels * kPanel);
   const int64_t size = panel_floats<kParts>(p.rows);
-  panels_of_columns<kParts, true>(p.logits + first_entry, p.vocab, last_entry - first_entry, p.rows,
-                                  size, workspace);
+  panels_of_columns<kParts, true>(static_cast<const Gradient*>(p.gradient) + first_entry, p.vocab,
+                                  last_entry - first_entry, p.rows, size, workspace);
   for (int64_t h = 0; h < p.hidden; h += kPanel) {
     for (int64_t v = first_entry; v < last_entry; v += kPanel) {
       const int64_t offset = v * p.hidden + h;
@@ -255,21 +256,26 @@ static void gradient_of_weight(const HeadParams& p, int64_t block, float* worksp
 }
 
 static constexpr Gemm gemm() {
-  return {kPanel,
-          kPanel,
-          kGradientPanels,
-          kStrip,
-          {0, gradient_depth(3), gradient_depth(1), gradient_depth(2)},
-          {nullptr, panel_floats<3>, panel_floats<1>, panel_floats<2>},
-          {nullptr, panel_floats<3>, panel_floats<1>, panel_floats<2>},
-          {nullptr, pack_rows<float>, pack_rows<BFloat16>, pack_rows<Float16>},
-          {nullptr, pack_right<float>, pack_right<BFloat16>, pack_right<Float16>},
-          {nullptr, logits_tile<float>, logits_tile<BFloat16>, logits_tile<Float16>},
-          {nullptr, gradient_of_rows<float>, gradient_of_rows<BFloat16>, gradient_of_rows<Float16>},
-          {nullptr, gradient_of_weight<float, float>, gradient_of_weight<BFloat16, float>,
-           gradient_of_weight<Float16, float>},
-          {nullptr, gradient_of_weight<float, float>, gradient_of_weight<BFloat16, BFloat16>,
-           gradient_of_weight<Float16, Float16>}};
+  return {
+      kPanel,
+      kPanel,
+      kGradientPanels,
+      kStrip,
+      {0, gradient_depth(3), gradient_depth(1), gradient_depth(2)},
+      {nullptr, panel_floats<3>, panel_floats<1>, panel_floats<2>},
+      {nullptr, panel_floats<3>, panel_floats<1>, panel_floats<2>},
+      {nullptr, pack_rows<float>, pack_rows<BFloat16>, pack_rows<Float16>},
+      {nullptr, pack_right<float>, pack_right<BFloat16>, pack_right<Float16>},
+      {nullptr, logits_tile<float>, logits_tile<BFloat16>, logits_tile<Float16>},
+      {{nullptr, gradient_of_rows<float, float>, gradient_of_rows<BFloat16, float>,
+        gradient_of_rows<Float16, float>},
+       {nullptr, nullptr, gradient_of_rows<BFloat16, BFloat16>, nullptr}},
+      {{nullptr, gradient_of_weight<float, float, float>,
+        gradient_of_weight<BFloat16, float, float>, gradient_of_weight<Float16, float, float>},
+       {nullptr, nullptr, gradient_of_weight<BFloat16, BFloat16, float>, nullptr}},
+      {{nullptr, gradient_of_weight<float, float, float>,
+        gradient_of_weight<BFloat16, float, BFloat16>, gradient_of_weight<Float16, float, Float16>},
+       {nullptr, nullptr, gradient_of_weight<BFloat16, BFloat16, BFloat16>, nullptr}}};
 }
 
 }  // namespace amx

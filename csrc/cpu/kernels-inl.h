@@ -193,10 +193,22 @@ static void forward_row(const SeqLogpParams& params, int64_t row, int64_t target
                   running.total, target_logit);
 }
 
+// Stores a pair that load_pair took of T, in the order that it has then.
+template <class T, class Out>
+static inline void store_like_loaded(Out* p, Vec a, Vec b) {
+  if constexpr (__is_same(T, Out)) {
+    store_pair(p, a, b);
+  } else {  // a float pair has the order of memory
+    store(p, a);
+    store(p + Vec::kWidth, b);
+  }
+}
+
 // grad[v] = scale * 2^(z log2(e) - reference) over a span; the scale is folded into the polynomial.
-template <class T>
-static inline void gradient_span(const T* z, T* grad, int64_t count, float reference, float scale) {
-  constexpr int kDegree = BackwardDegree<T>::kValue;
+template <class T, class Out>
+static inline void gradient_span(const T* z, Out* grad, int64_t count, float reference,
+                                 float scale) {
+  constexpr int kDegree = BackwardDegree<Out>::kValue;
   Vec c[kDegree + 1];
   load_coefficients<kDegree>(scale, c);
   const Vec log2e = set1(kLog2E), offset = set1(-reference);
@@ -209,7 +221,7 @@ static inline void gradient_span(const T* z, T* grad, int64_t count, float refer
     a = mul(value, power);
     exp2_parts<kDegree>(fma(b, log2e, offset), c, value, power);
     b = mul(value, power);
-    store_pair(grad + i, a, b);
+    store_like_loaded<T>(grad + i, a, b);
   }
   if (i < count) {
     load_tail(z + i, count - i, 0.0f, a, b);
@@ -217,13 +229,13 @@ static inline void gradient_span(const T* z, T* grad, int64_t count, float refer
     a = mul(value, power);
     exp2_parts<kDegree>(fma(b, log2e, offset), c, value, power);
     b = mul(value, power);
-    T buffer[kPair];
-    store_pair(buffer, a, b);
+    Out buffer[kPair];
+    store_like_loaded<T>(buffer, a, b);
     for (int64_t j = 0; i + j < count; ++j) grad[i + j] = buffer[j];
   }
 }
 
-template <class T>
+template <class T, class Out = T>
 static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
                          double coefficient) {
   const RowGradient gradient = read_row_gradient(params, row, coefficient);
@@ -239,10 +251,10 @@ static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64
   }
   const T* z =
       row_pointer<T>(params.logits, params.rows, params.batch_stride, params.row_stride, row);
-  T* grad = const_cast<T*>(row_pointer<T>(params.grad_logits, params.rows, params.grad_batch_stride,
-                                          params.grad_row_stride, row));
+  Out* grad = const_cast<Out*>(row_pointer<Out>(
+      params.grad_logits, params.rows, params.grad_batch_stride, params.grad_row_stride, row));
   gradient_span(z, grad, target, reference, static_cast<float>(scale));
   gradient_span(z + target + 1, grad + target + 1, params.rows.vocab - target - 1, reference,
                 static_cast<float>(scale));
-  grad[target] = narrow<T>(gradient.target_gradient);
+  grad[target] = narrow<Out>(gradient.target_gradient);
 }

@@ -30,19 +30,21 @@ struct Gemm {
   void (*pack_rows[4])(const void* in, int64_t rows, int64_t depth, float* panels);
   void (*pack_right[4])(const void* in, int64_t rows, int64_t columns, float* panels);
   void (*logits_tile[4])(const HeadParams&, int64_t tile, float* workspace);
+  // The next three by gradient: [0] float32, [1] of the weight's dtype, which is bfloat16.
   // Of the rows [first, last), from the vocabulary entries [begin, end) only.
-  void (*gradient_of_rows[4])(const HeadParams&, int64_t first, int64_t last, int64_t begin,
-                              int64_t end, float* workspace);
+  void (*gradient_of_rows[2][4])(const HeadParams&, int64_t first, int64_t last, int64_t begin,
+                                 int64_t end, float* workspace);
   // Into a float32 gradient of the weight, or one of the weight's dtype.
-  void (*gradient_of_weight[4])(const HeadParams&, int64_t block, float* workspace);
-  void (*narrow_gradient_of_weight[4])(const HeadParams&, int64_t block, float* workspace);
+  void (*gradient_of_weight[2][4])(const HeadParams&, int64_t block, float* workspace);
+  void (*narrow_gradient_of_weight[2][4])(const HeadParams&, int64_t block, float* workspace);
 };
 
 struct Kernels {
-  const char* name;               // "generic", "avx2", "avx512", "avx512_bf16", "amx"
-  ForwardRow forward[4];          // by DType
-  BackwardRow backward[4];        // by DType
-  StatisticsOfRow statistics[2];  // by DType: float64, float32
+  const char* name;                // "generic", "avx2", "avx512", "avx512_bf16", "amx"
+  ForwardRow forward[4];           // by DType
+  BackwardRow backward[4];         // by DType
+  BackwardRow narrow_backward[4];  // by DType of the gradient, a half one, of float32 logits
+  StatisticsOfRow statistics[2];   // by DType: float64, float32
   Gemm gemm;
 };
 

@@ -31,6 +31,8 @@ const Kernels kAmxKernels = {
      amx_table::forward_row<Float16>},
     {scalar_backward_row, amx_table::backward_row<float>, amx_table::backward_row<BFloat16>,
      amx_table::backward_row<Float16>},
+    {nullptr, nullptr, amx_table::backward_row<float, BFloat16>,
+     amx_table::backward_row<float, Float16>},
     {scalar_statistics_of_row, amx_table::statistics_of_row},
     amx_table::amx::gemm(),
 };

@@ -27,6 +27,7 @@ const Kernels kAvx2Kernels = {
      avx2::forward_row<Float16>},
     {scalar_backward_row, avx2::backward_row<float>, avx2::backward_row<BFloat16>,
      avx2::backward_row<Float16>},
+    {nullptr, nullptr, avx2::backward_row<float, BFloat16>, avx2::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx2::statistics_of_row},
     avx2::gemm<avx2::Singles>(),
 };

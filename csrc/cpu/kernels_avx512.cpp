@@ -27,6 +27,7 @@ const Kernels kAvx512Kernels = {
      avx512::forward_row<Float16>},
     {scalar_backward_row, avx512::backward_row<float>, avx512::backward_row<BFloat16>,
      avx512::backward_row<Float16>},
+    {nullptr, nullptr, avx512::backward_row<float, BFloat16>, avx512::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx512::statistics_of_row},
     avx512::gemm<avx512::Singles>(),
 };

@@ -29,6 +29,8 @@ const Kernels kAvx512Bf16Kernels = {
      avx512_bf16::forward_row<BFloat16>, avx512_bf16::forward_row<Float16>},
     {scalar_backward_row, avx512_bf16::backward_row<float>, avx512_bf16::backward_row<BFloat16>,
      avx512_bf16::backward_row<Float16>},
+    {nullptr, nullptr, avx512_bf16::backward_row<float, BFloat16>,
+     avx512_bf16::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx512_bf16::statistics_of_row},
     avx512_bf16::gemm<avx512_bf16::Pairs>(),
 };

@@ -22,6 +22,8 @@ const Kernels kGenericKernels = {
      generic::forward_row<Float16>},
     {scalar_backward_row, generic::backward_row<float>, generic::backward_row<BFloat16>,
      generic::backward_row<Float16>},
+    {nullptr, nullptr, generic::backward_row<float, BFloat16>,
+     generic::backward_row<float, Float16>},
     {scalar_statistics_of_row, generic::statistics_of_row},
     generic::gemm<generic::Singles>(),
 };

@@ -80,24 +80,33 @@ template void scalar_forward_row<float>(const SeqLogpParams&, int64_t, int64_t);
 template void scalar_forward_row<BFloat16>(const SeqLogpParams&, int64_t, int64_t);
 template void scalar_forward_row<Float16>(const SeqLogpParams&, int64_t, int64_t);
 
-template <class T>
+template <class T, class Out>
 static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
                          double coefficient) {
   const T* z =
       row_pointer<T>(params.logits, params.rows, params.batch_stride, params.row_stride, row);
-  T* grad = const_cast<T*>(row_pointer<T>(params.grad_logits, params.rows, params.grad_batch_stride,
-                                          params.grad_row_stride, row));
+  Out* grad = const_cast<Out*>(row_pointer<Out>(
+      params.grad_logits, params.rows, params.grad_batch_stride, params.grad_row_stride, row));
   const RowGradient gradient = read_row_gradient(params, row, coefficient);
   for (int64_t v = 0; v < params.rows.vocab; ++v) {
-    grad[v] = narrow<T>(gradient.scale * std::exp(widen(z[v]) - gradient.row_max));
+    grad[v] = narrow<Out>(gradient.scale * std::exp(widen(z[v]) - gradient.row_max));
   }
-  grad[target] = narrow<T>(gradient.target_gradient);
+  grad[target] = narrow<Out>(gradient.target_gradient);
 }
 
 void scalar_backward_row(const SeqLogpBackwardParams& params, int64_t row, int64_t target,
                          double coefficient) {
+  if (params.grad_dtype != params.dtype) {
+    if (params.grad_dtype == DType::kBFloat16) {
+      backward_row<float, BFloat16>(params, row, target, coefficient);
+    } else {
+      backward_row<float, Float16>(params, row, target, coefficient);
+    }
+    return;
+  }
   dispatch_dtype(params.dtype, [&](auto tag) {
-    backward_row<typename decltype(tag)::type>(params, row, target, coefficient);
+    using T = typename decltype(tag)::type;
+    backward_row<T, T>(params, row, target, coefficient);
   });
 }
 

@@ -45,7 +45,7 @@ static inline void load_pair(const BFloat16* p, Vec& a, Vec& b) {
 }
 // Round to nearest, ties away from zero: half an ulp like ties to even, in one instruction instead
 // of four. NaNs here come from bfloat16 inputs or are the default NaN, so their low 16 bits are 0
-// and the addition cannot carry them out of the exponent.
+// and the addition cannot carry them out of the exponent. (Rows with other NaNs are scalar work.)
 static inline __m256i rounded_to_upper_half(Vec a) {
   return _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x8000));
 }
@@ -83,6 +83,15 @@ static inline Vec load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 static inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+static inline void store(BFloat16* p, Vec a) {
+  const __m256i upper = _mm256_srli_epi32(rounded_to_upper_half(a), 16);
+  const __m256i packed = _mm256_packus_epi32(upper, upper);  // halves: 0-3 0-3 | 4-7 4-7
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+static inline void store(Float16* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
 
 // out[j][i] = in[i][j] for 8 x 8: pairs, then quads, then halves change places.
 template <class T>

@@ -38,7 +38,7 @@ static inline void load_pair(const BFloat16* p, Vec& a, Vec& b) {
 }
 // Round to nearest, ties away from zero: half an ulp like ties to even, in one instruction instead
 // of four. NaNs here come from bfloat16 inputs or are the default NaN, so their low 16 bits are 0
-// and the addition cannot carry them out of the exponent.
+// and the addition cannot carry them out of the exponent. (Rows with other NaNs are scalar work.)
 static inline __m512i rounded_to_upper_half(Vec a) {
   return _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000));
 }
@@ -76,6 +76,14 @@ static inline Vec load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 static inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+static inline void store(BFloat16* p, Vec a) {
+  const __m512i upper = _mm512_srli_epi32(rounded_to_upper_half(a), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
+}
+static inline void store(Float16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
 
 // out[j][i] = a[i][j] for 16 x 16: pairs, then quads, then blocks of four change places.
 static inline void store_transposed(__m512 (&a)[16], float* out, int64_t out_stride) {

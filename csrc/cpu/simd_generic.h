@@ -63,8 +63,9 @@ static inline Vec load(const T* p) {
   for (int i = 0; i < Vec::kWidth; ++i) a.v[i] = widen(p[i]);
   return a;
 }
-static inline void store(float* p, Vec a) {
-  for (int i = 0; i < Vec::kWidth; ++i) p[i] = a.v[i];
+template <class T>
+static inline void store(T* p, Vec a) {
+  for (int i = 0; i < Vec::kWidth; ++i) p[i] = narrow<T>(a.v[i]);
 }
 
 // out[j][i] = in[i][j] for kWidth x kWidth.

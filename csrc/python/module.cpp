@@ -207,6 +207,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_facts", &build_facts);
   m.def("cpu_capability", &cpu_capability);
   m.def("best_cpu_capability", &cpu::best_capability);
+  m.def("head_panel_rows",
+        [] { return cpu::kernels() == nullptr ? 1 : cpu::kernels()->gemm.rows; });
   m.def("pair_loss_names", &names<PairLosses>);
   m.def("unpaired_loss_names", &names<UnpairedLosses>);
   m.def("sequence_logps", &sequence_logps);

@@ -110,15 +110,18 @@ void seq_logp_forward_cpu(const SeqLogpParams& params) {
 }
 
 void seq_logp_backward_cpu(const SeqLogpBackwardParams& params) {
-  const cpu::BackwardRow backward = cpu_kernels().backward[static_cast<int>(params.dtype)];
-  dispatch_dtype(params.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  const cpu::Kernels& table = cpu_kernels();
+  const bool same = params.grad_dtype == params.dtype;
+  const cpu::BackwardRow backward =
+      (same ? table.backward : table.narrow_backward)[static_cast<int>(params.grad_dtype)];
+  dispatch_dtype(params.grad_dtype, [&](auto tag) {
+    using Out = typename decltype(tag)::type;
     for_each_row(params.rows.rows(), params.rows.vocab, [&](int64_t row) {
       const int64_t target = target_of_row(params.rows, row);
       if (target >= 0) {
-        backward(params, row, target, coefficient_of_row<typename StatOf<T>::type>(params, row));
+        backward(params, row, target, coefficient_of_row<typename StatOf<Out>::type>(params, row));
       } else {
-        fill_gradient_row<T>(params, row, target == kInvalidLabel);
+        fill_gradient_row<Out>(params, row, target == kInvalidLabel);
       }
     });
   });

@@ -84,18 +84,29 @@ void head_logits_(const Tensor& out, const Tensor& rows_in, const Tensor& weight
                  [&](int64_t tile, float* own) { gemm.logits_tile[type](params, tile, own); });
 }
 
-// gradient [R, V] float32, weight [V, H] -> gradient weight [R, H] float32
+// Which products take the gradient: 0 for a float32 one, 1 for one in the dtype of a bfloat16 head.
+int kind_of_gradient(const char* op, const Tensor& gradient, const Tensor& typed) {
+  const ScalarType type = gradient.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || (type == ScalarType::BFloat16 && typed.scalar_type() == type),
+      op, ": gradient must be float32, or bfloat16 where the other matrix is, got ",
+      describe(gradient));
+  return type == ScalarType::Float ? 0 : 1;
+}
+
+// gradient [R, V] float32 or bfloat16, weight [V, H] -> gradient weight [R, H] float32
 Tensor head_grad_rows(const Tensor& gradient_in, const Tensor& weight_in) {
   const char* op = "pyfast_dpo::head_grad_rows";
   check_matrices(op, gradient_in, weight_in);
   const Shapes shapes{gradient_in.size(0), weight_in.size(1), weight_in.size(0)};
   const Tensor weight = torch::stable::contiguous(weight_in);
-  const Tensor gradient =
-      checked(op, "gradient", gradient_in, ScalarType::Float, {shapes.rows, shapes.vocab}, weight);
+  const int kind = kind_of_gradient(op, gradient_in, weight);
+  const Tensor gradient = checked(op, "gradient", gradient_in, gradient_in.scalar_type(),
+                                  {shapes.rows, shapes.vocab}, weight);
   HeadParams params = head_params(op, weight, weight, shapes);
   const cpu::Gemm& gemm = cpu_kernels().gemm;
   const int type = static_cast<int>(params.dtype);
-  params.logits = floats(gradient);
+  params.gradient = gradient.const_data_ptr();
   // The weight is read once, whatever the number of threads: slices of the vocabulary have sums of
   // their own, which are added in order. Rows are divided only when there are more threads.
   const int64_t slice =
@@ -115,8 +126,9 @@ Tensor head_grad_rows(const Tensor& gradient_in, const Tensor& weight_in) {
                    const int64_t first = task / slices * each, entry = task % slices * slice;
                    HeadParams part = params;
                    part.grad_rows = floats(sums) + task % slices * size;
-                   gemm.gradient_of_rows[type](part, first, least(first + each, shapes.rows), entry,
-                                               least(entry + slice, shapes.vocab), own);
+                   gemm.gradient_of_rows[kind][type](part, first, least(first + each, shapes.rows),
+                                                     entry, least(entry + slice, shapes.vocab),
+                                                     own);
                  });
   const Tensor result =
       torch::stable::new_empty(weight, {shapes.rows, shapes.hidden}, ScalarType::Float);
@@ -140,8 +152,9 @@ void head_grad_weight_(const Tensor& out, const Tensor& gradient_in, const Tenso
   check_matrices(op, gradient_in, rows_in);
   const Shapes shapes{rows_in.size(0), rows_in.size(1), gradient_in.size(1)};
   const Tensor rows = torch::stable::contiguous(rows_in);
-  const Tensor gradient =
-      checked(op, "gradient", gradient_in, ScalarType::Float, {shapes.rows, shapes.vocab}, rows);
+  const int kind = kind_of_gradient(op, gradient_in, rows);
+  const Tensor gradient = checked(op, "gradient", gradient_in, gradient_in.scalar_type(),
+                                  {shapes.rows, shapes.vocab}, rows);
   const std::vector<int64_t> shape{shapes.vocab, shapes.hidden};
   const bool wide = out.scalar_type() == ScalarType::Float;
   checked(op, "out", out, wide ? ScalarType::Float : rows.scalar_type(), shape, rows);
@@ -156,10 +169,10 @@ void head_grad_weight_(const Tensor& out, const Tensor& gradient_in, const Tenso
       new_floats(rows, divide_up(shapes.hidden, gemm.columns) * gemm.right_size[type](shapes.rows));
   gemm.pack_right[type](rows.const_data_ptr(), shapes.rows, shapes.hidden, floats(packed));
   params.packed_columns = floats(packed);
-  params.logits = floats(gradient);
+  params.gradient = gradient.const_data_ptr();
   params.grad_weight = out.mutable_data_ptr();
   params.total = accumulate ? floats(out) : total.has_value() ? floats(*total) : nullptr;
-  const auto work = (wide ? gemm.gradient_of_weight : gemm.narrow_gradient_of_weight)[type];
+  const auto work = (wide ? gemm.gradient_of_weight : gemm.narrow_gradient_of_weight)[kind][type];
   with_workspace(rows, divide_up(shapes.vocab, gemm.panels * gemm.rows),
                  gemm.panels * gemm.left_size[type](shapes.rows),
                  [&](int64_t block, float* own) { work(params, block, own); });

@@ -26,6 +26,11 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "Tensor token_logps, Tensor row_max, Tensor row_sum, Tensor sequence_scale, int "
       "ignore_index, "
       "bool shift) -> ()");
+  // The same, written to out [B, T, V], in the dtype of logits or, of float32 ones, a half type.
+  m.def(
+      "seq_logp_backward_out(Tensor? grad_sequence, Tensor? grad_token, Tensor logits, Tensor "
+      "labels, Tensor token_logps, Tensor row_max, Tensor row_sum, Tensor sequence_scale, int "
+      "ignore_index, bool shift, Tensor(a!) out) -> ()");
 
   // logits [R, V] float32 or float64, targets [R] int64 -> entropy [R], mean of the logits [R],
   // is_top1 [R] bool, log of the sum of squared probabilities [R]; without gradient
@@ -36,10 +41,10 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
   // The lm_head on the CPU, float32 sums whatever the inputs. R rows, H hidden.
   // out [R, V] float32 = rows [R, H] weight [V, H]^T
   m.def("head_logits_(Tensor(a!) out, Tensor rows, Tensor weight) -> ()");
-  // gradient [R, V] float32, weight [V, H] -> [R, H] float32
+  // gradient [R, V] float32, or bfloat16 with a bfloat16 weight, weight [V, H] -> [R, H] float32
   m.def("head_grad_rows(Tensor gradient, Tensor weight) -> Tensor");
-  // out [V, H] = gradient^T rows, float32 or in the dtype of rows; accumulate: added to a float32
-  // out; total [V, H] float32: added to what another out receives
+  // out [V, H] = gradient^T rows (gradient as above), float32 or in the dtype of rows; accumulate:
+  // added to a float32 out; total [V, H] float32: added to what another out receives
   m.def(
       "head_grad_weight_(Tensor(a!) out, Tensor gradient, Tensor rows, bool accumulate, "
       "Tensor? total) -> ()");

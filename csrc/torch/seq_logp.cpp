@@ -128,6 +128,16 @@ void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
   }
 }
 
+void check_gradient_dtype(const char* op, const char* name, const Tensor& logits, ScalarType to) {
+  const ScalarType from = logits.scalar_type();
+  STD_TORCH_CHECK(
+      to == from ||
+          (from == ScalarType::Float && (to == ScalarType::BFloat16 || to == ScalarType::Half)),
+      op, ": ", name,
+      " must be of the dtype of logits or, for float32 logits, bfloat16 or float16, got ",
+      torch::headeronly::toString(to), " for ", describe(logits));
+}
+
 Tensor seq_logp_backward(const std::optional<Tensor>& grad_sequence,
                          const std::optional<Tensor>& grad_token, const Tensor& logits_in,
                          const Tensor& labels, const Tensor& token_logps, const Tensor& row_max,
@@ -135,19 +145,30 @@ Tensor seq_logp_backward(const std::optional<Tensor>& grad_sequence,
                          bool shift, std::optional<ScalarType> out_dtype) {
   const char* op = "pyfast_dpo::seq_logp_backward";
   check_logits(op, logits_in);
-  const ScalarType from = logits_in.scalar_type(), to = out_dtype.value_or(from);
-  STD_TORCH_CHECK(
-      to == from ||
-          (from == ScalarType::Float && (to == ScalarType::BFloat16 || to == ScalarType::Half)),
-      op, ": out_dtype must be that of logits or, for float32 logits, bfloat16 or float16, got ",
-      torch::headeronly::toString(to), " for ", describe(logits_in));
+  const ScalarType to = out_dtype.value_or(logits_in.scalar_type());
+  check_gradient_dtype(op, "out_dtype", logits_in, to);
   const Tensor logits = with_contiguous_rows(logits_in);
-  // The CPU kernels write the dtype of the logits.
-  const Tensor grad = torch::stable::new_empty(
-      logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.is_cuda() ? to : from);
+  const Tensor grad =
+      torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)}, to);
   run_backward(op, grad_sequence, grad_token, logits, labels, token_logps, row_max, row_sum,
                sequence_scale, ignore_index, shift, grad);
-  return logits.is_cuda() ? grad : torch::stable::to(grad, to);
+  return grad;
+}
+
+void seq_logp_backward_out(const std::optional<Tensor>& grad_sequence,
+                           const std::optional<Tensor>& grad_token, const Tensor& logits_in,
+                           const Tensor& labels, const Tensor& token_logps, const Tensor& row_max,
+                           const Tensor& row_sum, const Tensor& sequence_scale,
+                           int64_t ignore_index, bool shift, const Tensor& out) {
+  const char* op = "pyfast_dpo::seq_logp_backward_out";
+  check_logits(op, logits_in);
+  check_gradient_dtype(op, "out", logits_in, out.scalar_type());
+  const Tensor logits = with_contiguous_rows(logits_in);
+  checked(op, "out", out, out.scalar_type(), {logits.size(0), logits.size(1), logits.size(2)},
+          logits);
+  STD_TORCH_CHECK(out.is_contiguous(), op, ": out must be contiguous, got ", describe(out));
+  run_backward(op, grad_sequence, grad_token, logits, labels, token_logps, row_max, row_sum,
+               sequence_scale, ignore_index, shift, out);
 }
 
 void seq_logp_backward_(const std::optional<Tensor>& grad_sequence,
@@ -171,10 +192,12 @@ STABLE_TORCH_LIBRARY_IMPL(pyfast_dpo, CPU, m) {
   m.impl("seq_logp", TORCH_BOX(&pyfast_dpo::seq_logp));
   m.impl("seq_logp_backward", TORCH_BOX(&pyfast_dpo::seq_logp_backward));
   m.impl("seq_logp_backward_", TORCH_BOX(&pyfast_dpo::seq_logp_backward_));
+  m.impl("seq_logp_backward_out", TORCH_BOX(&pyfast_dpo::seq_logp_backward_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfast_dpo, CUDA, m) {
   m.impl("seq_logp", TORCH_BOX(&pyfast_dpo::seq_logp));
   m.impl("seq_logp_backward", TORCH_BOX(&pyfast_dpo::seq_logp_backward));
   m.impl("seq_logp_backward_", TORCH_BOX(&pyfast_dpo::seq_logp_backward_));
+  m.impl("seq_logp_backward_out", TORCH_BOX(&pyfast_dpo::seq_logp_backward_out));
 }
