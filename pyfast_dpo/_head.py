@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -90,9 +91,8 @@ class LogitsBuffer:
     """Memory for the logits of one pass on the CPU: to touch fresh memory takes longer than a product that
     fills it, so the chunks share it."""
 
-    def __init__(self, elements: int) -> None:
-        self.elements = elements
-        self.memory: Tensor | None = None
+    def __init__(self, elements: int, memory: Tensor | None = None) -> None:
+        self.elements, self.memory = elements, memory
 
     def view(self, rows: int, columns: int, device: torch.device) -> Tensor:
         if self.memory is None:
@@ -109,13 +109,27 @@ class WeightGradient:
         self.total: Tensor | None = None  # float32 (float64)
         self.result: Tensor | None = None  # of the parameter's dtype: what the last part writes
         self.accumulate = False
+        self.lent = False  # the total's memory holds logits
         # On CUDA: parts that wait for their product.
         self.gathered: list[tuple[Tensor, Tensor]] = []
+
+    def lent_rows(self, max_rows: int) -> int:
+        """The most rows for `lend`; `max_rows` logits of rows bound what `add` must copy then."""
+        if self.weight.device.type != "cpu" or not self.weight.dtype == self.dtype == torch.float32:
+            return 0
+        width = self.weight.shape[1]
+        return min(width, math.isqrt(max_rows * width))
+
+    def lend(self, rows: int) -> LogitsBuffer:
+        """Memory for the logits of the first part: the end of what the total will fill, until it is added."""
+        self.total, self.lent = self._empty(torch.float32), True
+        size = rows * self.weight.shape[0]
+        return LogitsBuffer(size, self.total.view(-1)[self.total.numel() - size :])
 
     def start(self, rows: int) -> None:
         """Before the next part, of that many rows."""
         self.remaining -= rows
-        self.accumulate = self.total is not None
+        self.accumulate = self.total is not None and not self.lent
         if self.weight.dtype == torch.float64:
             if self.total is None:
                 self.total = torch.zeros_like(self.weight)
@@ -131,6 +145,14 @@ class WeightGradient:
         total = None if self.total is None else self.total[tile]
         if gradient.dtype == torch.float64 and total is not None:
             total.addmm_(gradient.T, rows)
+        elif self.lent and total is not None:
+            # Entries before the border lie before the logits; of the others a copy is taken.
+            vocab, width = self.weight.shape
+            border = (vocab * width - gradient.numel()) // width
+            others = gradient[:, border:].clone(memory_format=torch.contiguous_format)
+            for part, out in ((gradient[:, :border], total[:border]), (others, total[border:])):
+                _ops.head_grad_weight_(out, part, rows, False, None)
+            self.lent = False
         elif self.weight.is_cuda:
             self.gather(gradient.to(rows.dtype), rows, tile)
         elif self.result is not None:

@@ -8,7 +8,7 @@ products instead of 3, for them alone) in tiles of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn
 
@@ -43,6 +43,7 @@ class Chunk(NamedTuple):
 
     units: slice
     ranges: list[tuple[int, int]]
+    lent: bool  # its logits take the memory of the weight's gradient
 
     def size(self) -> int:
         return sum(last - first for first, last in self.ranges)
@@ -67,6 +68,8 @@ class Plan(NamedTuple):
     max_rows: int  # rows whose logits fit the budget
     # The budget is for kept gradients (`keeps_gradients`), and half as much beside it for logits.
     kept: bool = False
+    # Rows whose logits fit the memory of the weight's gradient (`WeightGradient.lend`), for one chunk.
+    lent_rows: int = 0
 
     @property
     def chunk_rows(self) -> int:
@@ -83,23 +86,45 @@ class Plan(NamedTuple):
     def units(self) -> int:
         return len(self.rows.lengths) // self.group
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Consecutive units that fit the budget together; a single empty chunk when there are no units."""
+    def chunks(self) -> list[Chunk]:
+        """Consecutive units that fit the budget together, in the order of their computation; a single empty
+        chunk when there are no units."""
         units, lengths = self.units(), self.rows.lengths
         starts = [0, *accumulate(lengths)]
-        sizes = [sum(lengths[k * units + u] for k in range(self.group)) for u in range(units)]
+        ends = [0, *accumulate(sum(lengths[u::units]) for u in range(units))]  # rows before a unit
+
+        def rows_of(first: int, last: int) -> int:
+            return ends[last] - ends[first]
+
+        spans: list[tuple[int, int]] = []
         first = 0
         while first == 0 or first < units:
             last = min(first + 1, units)
-            total = sum(sizes[first:last])
-            while last < units and total + sizes[last] <= self.chunk_rows:
-                total += sizes[last]
+            while last < units and rows_of(first, last + 1) <= self.chunk_rows:
                 last += 1
-            yield Chunk(
+            spans.append((first, last))
+            first = max(last, 1)
+        lent = max(
+            (s for s in spans if 0 < rows_of(*s) <= self.lent_rows),
+            key=lambda s: rows_of(*s),
+            default=None,
+        )
+        if lent is not None:  # the longest, which takes its neighbours in
+            at = spans.index(lent)
+            while at + 1 < len(spans) and rows_of(lent[0], spans[at + 1][1]) <= self.lent_rows:
+                lent = lent[0], spans.pop(at + 1)[1]
+            while at > 0 and rows_of(spans[at - 1][0], lent[1]) <= self.lent_rows:
+                at -= 1
+                lent = spans.pop(at)[0], lent[1]
+            spans = [lent, *spans[:at], *spans[at + 1 :]]
+        return [
+            Chunk(
                 slice(first, last),
                 [(starts[k * units + first], starts[k * units + last]) for k in range(self.group)],
+                (first, last) == lent,
             )
-            first = max(last, 1)
+            for first, last in spans
+        ]
 
     def pieces(self, rows: int) -> list[slice]:
         """Parts of so many rows whose logits fit the budget."""
@@ -142,24 +167,31 @@ class LinearLoss(torch.autograd.Function):
         # Without gradients of the head nothing but a factor a row waits for the loss.
         frozen = wanted[0] and not any(wanted[1:])
         gradients = Gradients(hidden, head, wanted, rows.index.shape[0], weight.dtype)
-        buffer = plan.buffer(weight.shape[0])
+        if gradients.weight is not None and head.softcap is None:
+            plan = plan._replace(lent_rows=gradients.weight.lent_rows(plan.max_rows))
+        chunks = plan.chunks()
+        largest = max((chunk.size() for chunk in chunks if not chunk.lent), default=0)
+        buffer = LogitsBuffer(min(largest, plan.piece_rows) * weight.shape[0])
         kept_rows = min(plan.chunk_rows, rows.index.shape[0]) if plan.kept else 0
         kept_gradients = weight.new_empty((kept_rows, weight.shape[0]), dtype=head.weight.dtype)
         loss = hidden.new_zeros((), dtype=torch.float64)
         logps = hidden.new_empty((plan.group, plan.units()), dtype=wide)
-        kept: list[tuple[Tensor, ...]] = []
+        kept: dict[int, tuple[Tensor, ...]] = {}  # outputs of the loss, by first unit
         statistics = _empty_statistics(hidden, rows.targets) if options.statistics else None
         waiting: list[Waiting] = []
-        for chunk in plan.chunks():
+        for chunk in chunks:
             index, targets = chunk.of(rows.index), chunk.of(rows.targets)
-            pieces = plan.pieces(index.shape[0])
+            pieces, own_buffer = plan.pieces(index.shape[0]), buffer
+            if chunk.lent and gradients.weight is not None:
+                pieces = [slice(0, index.shape[0])]
+                own_buffer = gradients.weight.lend(index.shape[0])
             keep = plan.kept and index.shape[0] <= kept_rows
             scored: list[Scored] = []
             of_rows: list[Tensor] = []  # gradients of the rows, up to the factors that wait
             measured: list[LinearStatistics] = []
             for piece in pieces:
                 states = hidden.index_select(0, index[piece])
-                scored.append(score(states, targets[piece], head, buffer))
+                scored.append(score(states, targets[piece], head, own_buffer))
                 if statistics is not None:
                     measured.append(row_statistics(scored[-1].logits, targets[piece]))
                 if frozen:
@@ -180,7 +212,7 @@ class LinearLoss(torch.autograd.Function):
             )
             value, outputs, per_sequence = _call(options.loss_fn, own, chunk.units, any(wanted))
             loss += value
-            kept.append(outputs)
+            kept[chunk.units.start] = outputs
             if per_sequence is None:
                 continue
             coefficients = coefficients_of_rows(
@@ -202,7 +234,10 @@ class LinearLoss(torch.autograd.Function):
         constants = (
             logps.flatten(),
             *(statistics or ()),
-            *(torch.cat(column) for column in zip(*kept, strict=True)),
+            *(
+                torch.cat(column)
+                for column in zip(*(kept[first] for first in sorted(kept)), strict=True)
+            ),
         )
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)

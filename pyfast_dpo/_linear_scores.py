@@ -138,9 +138,9 @@ class Gradients:
         """From the gradient of the logits of the rows that `index` took from the hidden states."""
         if self.weight is not None:
             self.weight.start(states.shape[0])
-        self._add_to_head(gradient, states, slice(0, gradient.shape[1]))
         if self.hidden is not None:
             add_rows(self.hidden, index, self.head.gradient_of_rows(gradient))
+        self._add_to_head(gradient, states, slice(0, gradient.shape[1]))  # last: may overwrite it
 
     def add_kept(self, kept: Tensor, coefficients: Tensor, states: Tensor, index: Tensor) -> None:
         """From d log-prob / d logits `[r, V]` of rows whose coefficients are known now. For the weight the
@@ -181,10 +181,10 @@ class Gradients:
         return of_rows
 
     def _add_to_head(self, gradient: Tensor, states: Tensor, tile: slice) -> None:
-        if self.weight is not None:
-            self.weight.add(gradient, states, tile)
         if self.bias is not None:
             self.bias[tile] += gradient.sum(0, dtype=self.bias.dtype)
+        if self.weight is not None:
+            self.weight.add(gradient, states, tile)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         weight = None if self.weight is None else self.weight.finish()

@@ -368,7 +368,7 @@ WORK = [
     (
         True,
         1 << 20,
-        ["head_logits_", "head_grad_weight_", "head_grad_rows"],
+        ["head_logits_", "head_grad_rows", "head_grad_weight_"],
         "trainable head: 3",
     ),
     (False, 1 << 20, ["head_logits_", "head_grad_rows"], "frozen head: 2"),

@@ -106,6 +106,7 @@ struct HeadParams {
   const float* packed_columns;  // the rows in right panels, for the gradient of the weight
   float* logits;                // [R, V]
   const void* gradient;         // [R, V], of the logits: float32, or bfloat16 like the weight
+  int64_t gradient_stride;      // between its rows
   float* grad_rows;             // [R, H]
   void* grad_weight;            // [V, H] = total + gradient; float32 or of the weight's dtype
   const float* total;           // [V, H] or null: 0; grad_weight itself if that is float32

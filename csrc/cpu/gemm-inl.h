@@ -11,7 +11,7 @@ static constexpr int64_t kColumns = 2 * Vec::kWidth;  // of a right panel: [k][k
 static constexpr int64_t kLeft =
     Vec::kWidth;  // stride of a left panel: [k][kLeft], kRows of them used
 
-static constexpr int64_t kDepth = 256;  // vocabulary entries a block of gradient_of_rows
+static constexpr int64_t kDepth = 512;  // vocabulary entries a block of gradient_of_rows
 static constexpr int64_t kPanels = 8;   // left panels a task of gradient_of_weight
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -23,6 +23,8 @@ static inline void micro(int64_t units, const float* a, const float* b, float* c
   Vec left[kRows], right[kRows], b_left, b_right;
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) left[i] = right[i] = set1(0.0f);
+  // They arrive while the sums are made.
+  for (int64_t i = 0; i < rows; ++i) prefetch_bytes<kColumns * sizeof(float)>(c + i * c_stride);
   for (int64_t k = 0; k < units; ++k, a += kLeft, b += kColumns) {
     load_pair(b, b_left, b_right);
 #pragma GCC unroll 16
@@ -146,8 +148,9 @@ static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, i
   for (int64_t v = begin; v < end; v += kDepth) {
     const int64_t depth = least(kDepth, end - v), units = Format::units(depth);
     for (int64_t i = first; i < last; i += kRows) {
-      Format::pack_rows(gradient + i * p.vocab + v, p.vocab, least(kLeft, last - i), depth,
-                        left + (i - first) / kRows * units * kLeft, kLeft);
+      Format::pack_rows(gradient + i * p.gradient_stride + v, p.gradient_stride,
+                        least(kLeft, last - i), depth, left + (i - first) / kRows * units * kLeft,
+                        kLeft);
     }
     for (int64_t h = 0; h < p.hidden; h += kColumns) {
       const int64_t columns = least(kColumns, p.hidden - h);
@@ -168,8 +171,8 @@ static void gradient_of_weight(const HeadParams& p, int64_t block, float* worksp
   const int64_t first = block * kPanels * kRows, last = least(p.vocab, first + kPanels * kRows);
   const int64_t units = Format::units(p.rows);
   for (int64_t v = first; v < last; v += kRows) {
-    Format::template pack_columns<kLeft>(static_cast<const Gradient*>(p.gradient) + v, p.vocab,
-                                         least(kLeft, p.vocab - v), p.rows,
+    Format::template pack_columns<kLeft>(static_cast<const Gradient*>(p.gradient) + v,
+                                         p.gradient_stride, least(kLeft, p.vocab - v), p.rows,
                                          workspace + (v - first) / kRows * units * kLeft);
   }
   for (int64_t h = 0; h < p.hidden; h += kColumns) {

@@ -216,7 +216,8 @@ static void gradient_of_rows(const HeadParams& p, int64_t first_row, int64_t las
   for (int64_t v = begin; v < end; v += kDepth) {
     const int64_t depth = least(kDepth, end - v);
     for (int64_t i = first_row; i < last_row; i += kPanel) {
-      panel_of_rows<kParts, false>(gradient + i * p.vocab + v, p.vocab, last_row - i, depth,
+      panel_of_rows<kParts, false>(gradient + i * p.gradient_stride + v, p.gradient_stride,
+                                   last_row - i, depth,
                                    workspace + (i - first_row) / kPanel * size);
     }
     for (int64_t strip = 0; strip < p.hidden; strip += kStrip * kPanel) {
@@ -242,8 +243,9 @@ static void gradient_of_weight(const HeadParams& p, int64_t block, float* worksp
   const int64_t first_entry = block * kGradientPanels * kPanel;
   const int64_t last_entry = least(p.vocab, first_entry + kGradientPanels * kPanel);
   const int64_t size = panel_floats<kParts>(p.rows);
-  panels_of_columns<kParts, true>(static_cast<const Gradient*>(p.gradient) + first_entry, p.vocab,
-                                  last_entry - first_entry, p.rows, size, workspace);
+  panels_of_columns<kParts, true>(static_cast<const Gradient*>(p.gradient) + first_entry,
+                                  p.gradient_stride, last_entry - first_entry, p.rows, size,
+                                  workspace);
   for (int64_t h = 0; h < p.hidden; h += kPanel) {
     for (int64_t v = first_entry; v < last_entry; v += kPanel) {
       const int64_t offset = v * p.hidden + h;

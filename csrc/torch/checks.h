@@ -47,9 +47,9 @@ inline ScalarType stat_scalar_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// The tensor, contiguous, after checking its dtype, shape and device against those of `like`.
-inline Tensor checked(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                      const std::vector<int64_t>& shape, const Tensor& like) {
+// Dtype and shape, and that the device is that of `like`.
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                        const std::vector<int64_t>& shape, const Tensor& like) {
   bool good = tensor.scalar_type() == dtype && tensor.dim() == static_cast<int64_t>(shape.size()) &&
               tensor.is_cuda() == like.is_cuda() &&
               tensor.get_device_index() == like.get_device_index();
@@ -63,6 +63,12 @@ inline Tensor checked(const char* op, const char* name, const Tensor& tensor, Sc
     STD_TORCH_CHECK(false, op, ": ", name, " must have ", expected.str(), ", got ",
                     describe(tensor));
   }
+}
+
+// The tensor, contiguous, after that check.
+inline Tensor checked(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                      const std::vector<int64_t>& shape, const Tensor& like) {
+  check_shape(op, name, tensor, dtype, shape, like);
   return torch::stable::contiguous(tensor);
 }
 

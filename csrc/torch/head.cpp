@@ -84,14 +84,23 @@ void head_logits_(const Tensor& out, const Tensor& rows_in, const Tensor& weight
                  [&](int64_t tile, float* own) { gemm.logits_tile[type](params, tile, own); });
 }
 
-// Which products take the gradient: 0 for a float32 one, 1 for one in the dtype of a bfloat16 head.
-int kind_of_gradient(const char* op, const Tensor& gradient, const Tensor& typed) {
+// Of the logits, [R, V]: columns of a larger matrix need no copy.
+Tensor checked_gradient(const char* op, const Tensor& gradient, Shapes shapes,
+                        const Tensor& typed) {
   const ScalarType type = gradient.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || (type == ScalarType::BFloat16 && typed.scalar_type() == type),
       op, ": gradient must be float32, or bfloat16 where the other matrix is, got ",
       describe(gradient));
-  return type == ScalarType::Float ? 0 : 1;
+  check_shape(op, "gradient", gradient, type, {shapes.rows, shapes.vocab}, typed);
+  return gradient.stride(1) == 1 ? gradient : torch::stable::contiguous(gradient);
+}
+
+// Returns which products take it: 0 for a float32 one, 1 for one in the dtype of a bfloat16 head.
+int set_gradient(const Tensor& gradient, HeadParams& params) {
+  params.gradient = gradient.const_data_ptr();
+  params.gradient_stride = gradient.stride(0);
+  return gradient.scalar_type() == ScalarType::Float ? 0 : 1;
 }
 
 // gradient [R, V] float32 or bfloat16, weight [V, H] -> gradient weight [R, H] float32
@@ -100,13 +109,11 @@ Tensor head_grad_rows(const Tensor& gradient_in, const Tensor& weight_in) {
   check_matrices(op, gradient_in, weight_in);
   const Shapes shapes{gradient_in.size(0), weight_in.size(1), weight_in.size(0)};
   const Tensor weight = torch::stable::contiguous(weight_in);
-  const int kind = kind_of_gradient(op, gradient_in, weight);
-  const Tensor gradient = checked(op, "gradient", gradient_in, gradient_in.scalar_type(),
-                                  {shapes.rows, shapes.vocab}, weight);
+  const Tensor gradient = checked_gradient(op, gradient_in, shapes, weight);
   HeadParams params = head_params(op, weight, weight, shapes);
   const cpu::Gemm& gemm = cpu_kernels().gemm;
   const int type = static_cast<int>(params.dtype);
-  params.gradient = gradient.const_data_ptr();
+  const int kind = set_gradient(gradient, params);
   // The weight is read once, whatever the number of threads: slices of the vocabulary have sums of
   // their own, which are added in order. Rows are divided only when there are more threads.
   const int64_t slice =
@@ -152,9 +159,7 @@ void head_grad_weight_(const Tensor& out, const Tensor& gradient_in, const Tenso
   check_matrices(op, gradient_in, rows_in);
   const Shapes shapes{rows_in.size(0), rows_in.size(1), gradient_in.size(1)};
   const Tensor rows = torch::stable::contiguous(rows_in);
-  const int kind = kind_of_gradient(op, gradient_in, rows);
-  const Tensor gradient = checked(op, "gradient", gradient_in, gradient_in.scalar_type(),
-                                  {shapes.rows, shapes.vocab}, rows);
+  const Tensor gradient = checked_gradient(op, gradient_in, shapes, rows);
   const std::vector<int64_t> shape{shapes.vocab, shapes.hidden};
   const bool wide = out.scalar_type() == ScalarType::Float;
   checked(op, "out", out, wide ? ScalarType::Float : rows.scalar_type(), shape, rows);
@@ -169,7 +174,7 @@ void head_grad_weight_(const Tensor& out, const Tensor& gradient_in, const Tenso
       new_floats(rows, divide_up(shapes.hidden, gemm.columns) * gemm.right_size[type](shapes.rows));
   gemm.pack_right[type](rows.const_data_ptr(), shapes.rows, shapes.hidden, floats(packed));
   params.packed_columns = floats(packed);
-  params.gradient = gradient.const_data_ptr();
+  const int kind = set_gradient(gradient, params);
   params.grad_weight = out.mutable_data_ptr();
   params.total = accumulate ? floats(out) : total.has_value() ? floats(*total) : nullptr;
   const auto work = (wide ? gemm.gradient_of_weight : gemm.narrow_gradient_of_weight)[kind][type];
