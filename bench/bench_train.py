@@ -54,6 +54,12 @@ BATCH, MAX_LENGTH, WARMUP = 4, 512, 2
 
 def work(who: str, name: str, steps: int, data: Path, model_path: str) -> None:
     """Trains and prints the result as JSON."""
+    if (
+        who == OURS
+    ):  # first, as sorted imports are: torch then aligns large tensors (docs/trainers.md)
+        from pyfast_dpo import trainers
+    else:
+        import trl as trainers
     import datasets
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -65,10 +71,6 @@ def work(who: str, name: str, steps: int, data: Path, model_path: str) -> None:
     lines = [lines[BATCH * stride * i + j] for i in range(steps) for j in range(BATCH)]
     columns = ("prompt", "chosen", "rejected") if case.trainer == "DPO" else ("prompt", "completion", "label")  # fmt: skip
     rows = [{column: json.loads(line)[column] for column in columns} for line in lines]
-    if who == OURS:
-        from pyfast_dpo import trainers
-    else:
-        import trl as trainers
     transformers.set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)

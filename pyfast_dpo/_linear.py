@@ -1,9 +1,10 @@
 """Chunks of completion rows through the lm_head: log-probs, and gradients without a logits matrix.
 
 Work runs over the scored rows, and only those. A *unit* is what a loss couples: a pair, one sequence, or the
-whole batch. Units share a chunk as long as its float32 logits fit the budget. A larger unit is scored in
-pieces of its rows and waits; when all such units have their loss, their logits are computed again (4 matrix
-products instead of 3, for them alone) in tiles of the vocabulary.
+whole batch. Units share a chunk as long as its float32 logits fit the budget, or the memory of the weight's
+gradient (`WeightGradient.lend`), or their gradients fit it in bfloat16 (`keeps_gradients`). A larger unit is
+scored in pieces of its rows and waits; when all such units have their loss, their logits are computed again
+(4 matrix products instead of 3, for them alone) in tiles of the vocabulary.
 """
 
 from __future__ import annotations
@@ -70,10 +71,12 @@ class Plan(NamedTuple):
     kept: bool = False
     # Rows whose logits fit the memory of the weight's gradient (`WeightGradient.lend`), for one chunk.
     lent_rows: int = 0
+    # Rows of a chunk of which no logits wait for the loss.
+    ready_rows: int = 0
 
     @property
     def chunk_rows(self) -> int:
-        return 2 * self.max_rows if self.kept else self.max_rows
+        return max(self.ready_rows, 2 * self.max_rows if self.kept else self.max_rows)
 
     @property
     def piece_rows(self) -> int:
@@ -167,7 +170,12 @@ class LinearLoss(torch.autograd.Function):
         # Without gradients of the head nothing but a factor a row waits for the loss.
         frozen = wanted[0] and not any(wanted[1:])
         gradients = Gradients(hidden, head, wanted, rows.index.shape[0], weight.dtype)
-        if gradients.weight is not None and head.softcap is None:
+        if not any(
+            wanted[1:]
+        ):  # what waits are the rows' own gradients, which the budget bounds too
+            vocab, width = weight.shape
+            plan = plan._replace(ready_rows=plan.max_rows * vocab // width)
+        elif gradients.weight is not None and head.softcap is None:
             plan = plan._replace(lent_rows=gradients.weight.lent_rows(plan.max_rows))
         chunks = plan.chunks()
         largest = max((chunk.size() for chunk in chunks if not chunk.lent), default=0)
@@ -176,7 +184,7 @@ class LinearLoss(torch.autograd.Function):
         kept_gradients = weight.new_empty((kept_rows, weight.shape[0]), dtype=head.weight.dtype)
         loss = hidden.new_zeros((), dtype=torch.float64)
         logps = hidden.new_empty((plan.group, plan.units()), dtype=wide)
-        kept: dict[int, tuple[Tensor, ...]] = {}  # outputs of the loss, by first unit
+        outputs_from: dict[int, tuple[Tensor, ...]] = {}  # of the loss, by first unit
         statistics = _empty_statistics(hidden, rows.targets) if options.statistics else None
         waiting: list[Waiting] = []
         for chunk in chunks:
@@ -212,7 +220,7 @@ class LinearLoss(torch.autograd.Function):
             )
             value, outputs, per_sequence = _call(options.loss_fn, own, chunk.units, any(wanted))
             loss += value
-            kept[chunk.units.start] = outputs
+            outputs_from[chunk.units.start] = outputs
             if per_sequence is None:
                 continue
             coefficients = coefficients_of_rows(
@@ -236,7 +244,9 @@ class LinearLoss(torch.autograd.Function):
             *(statistics or ()),
             *(
                 torch.cat(column)
-                for column in zip(*(kept[first] for first in sorted(kept)), strict=True)
+                for column in zip(
+                    *(outputs_from[unit] for unit in sorted(outputs_from)), strict=True
+                )
             ),
         )
         ctx.mark_non_differentiable(*constants)

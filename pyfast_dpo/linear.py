@@ -72,7 +72,10 @@ def linear_token_logps(
         rows: which hidden states score which tokens; then nothing waits for the device, and `shift` and
             `ignore_index` have no meaning.
         logit_scale, softcap: what the model does to its logits; softcap None: nothing.
-        max_chunk_bytes: bound of the float32 logits that exist at a time; None: 64 MiB, on CUDA 256 MiB.
+        max_chunk_bytes: bound of the memory for float32 logits; None: 64 MiB, on CUDA 256 MiB. For a loss with
+            a trainable head on the CPU it bounds what a float32 weight's gradient, whose memory holds logits
+            until it is computed, must have beside it; with a bfloat16 head it bounds the gradients of the
+            logits that wait for the loss, and half as much is for logits.
         validate, impl: as in `token_logps`.
 
     Returns:

@@ -426,6 +426,15 @@ def test_a_frozen_head_needs_no_second_look_at_pairs_beyond_the_budget(products)
         assert sum(rows for called, rows in products if called == name) == scored
 
 
+def test_a_frozen_head_needs_no_chunks_of_whole_pairs(products):
+    """Nothing but a factor a row waits for the loss: so the parts of rows are as large as the budget."""
+    hidden, weight, _, labels = problem(sequences=12)
+    scored = int((labels != -100).sum())
+    fused_linear_dpo_loss(hidden.requires_grad_(), weight, labels, max_chunk_bytes=4 * 211 * 20)
+    sizes = [rows for name, rows in products if name == "head_logits_"]
+    assert sizes == [20] * (scored // 20) + [scored % 20]
+
+
 def test_gradients_of_a_second_backward_pass_are_the_same_and_not_shared():
     hidden, weight, _, labels = problem()
     hidden.requires_grad_(), weight.requires_grad_()

@@ -292,6 +292,34 @@ def test_training_by_a_token_budget(tmp_path, tokenizer):
     assert trainer.evaluate()["eval_loss"] < LN2
 
 
+def test_pairs_of_like_length_are_batched_together_when_asked_for(tmp_path, tokenizer):
+    # 48 rows: the sampler sorts lots of 8 batches.
+    lengths = [n for i in range(24) for n in (i + 1, 48 - i)]
+    rows = [{"prompt": "a", "chosen": " b" * n, "rejected": " c"} for n in lengths]
+
+    def spread(strategy: str) -> float:
+        trainer = dpo_trainer(
+            tmp_path, tokenizer, make_model(), rows=rows, per_device_train_batch_size=2, max_steps=-1,
+            num_train_epochs=1, train_sampling_strategy=strategy, max_length=64,
+        )  # fmt: skip
+        seen = []
+        collate = trainer.data_collator
+
+        def spy(examples):
+            lengths = [len(example["chosen_ids"]) for example in examples]
+            seen.append((max(lengths) - min(lengths), lengths))
+            return collate(examples)
+
+        trainer.data_collator = spy
+        trainer.train()
+        assert sorted(n for _, lengths in seen for n in lengths) == sorted(
+            len(example["chosen_ids"]) for example in trainer.train_dataset.examples
+        )
+        return sum(difference for difference, _ in seen) / len(seen)
+
+    assert spread("group_by_length") < 5 < 20 < spread("sequential")
+
+
 def test_prompts_shared_by_several_pairs_are_computed_once(tmp_path, tokenizer):
     rows = [
         {"prompt": "a b c d e f", "chosen": f" {x}", "rejected": " z"} for x in ("g", "h", "i", "j")

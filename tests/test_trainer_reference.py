@@ -153,6 +153,7 @@ def test_reference_that_follows_the_policy(tmp_path, tokenizer):
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be positive"),
         ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be None or positive"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be None or positive"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy must be 'random', 'seq"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(tmp_path, options, message):

@@ -19,6 +19,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
@@ -32,7 +33,7 @@ from pyfast_dpo.trainers.reference import (
     reference_key,
     with_reference,
 )
-from pyfast_dpo.trainers.sampling import TokenBudgetBatches
+from pyfast_dpo.trainers.sampling import token_budget_loader
 from pyfast_dpo.trainers.scoring import model_inputs, token_counts
 
 Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a stream of rows
@@ -229,21 +230,18 @@ class PreferenceTrainer(Trainer):
         if budget is None or not isinstance(dataset, PreparedDataset):
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         training = kwargs.get("is_training", False)
-        batches = TokenBudgetBatches(
-            dataset.tokens(),
-            budget,
-            shuffle=training and self.args.train_sampling_strategy != "sequential",
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            multiple_of=self.args.world_size,
+        return self.accelerator.prepare(
+            token_budget_loader(dataset, budget, self.args, self.data_collator, training)
         )
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(
+            dataset, PreparedDataset
+        ):
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(batch, lengths=dataset.tokens())
+        return super()._get_train_sampler(train_dataset)
 
     # Reference ----------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ class PreferenceConfig(TrainingArguments):
             prompts dropped and reported. None for no limit.
         shared_prompt: compute each prompt of a batch once and no padding, where the model can take it.
             False: one padded row a sequence.
+        train_sampling_strategy: as in `TrainingArguments`, where "group_by_length" counts the tokens that a
+            row brings, prompt once; "batch_rebalance" is refused.
         max_tokens_per_batch: fill batches by this number of computed tokens (each prompt once) instead of
             by `per_device_train_batch_size`; the loss is the mean over the examples of a batch, so fuller
             batches give each of theirs less weight.
@@ -86,6 +88,11 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 f"{name}: sync_ref_model changes the reference, which precompute_ref_log_probs computes "
                 "only once; choose one"
+            )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                f"{name}: train_sampling_strategy must be 'random', 'sequential' or 'group_by_length', got "
+                "'batch_rebalance', which balances padding; max_tokens_per_batch balances tokens"
             )
         if self.bf16 is None:
             cuda = torch.cuda.is_available() and not self.use_cpu

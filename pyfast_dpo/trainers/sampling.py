@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+
+from pyfast_dpo.data import PreparedDataset
+from pyfast_dpo.trainers.config import PreferenceConfig
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
@@ -55,3 +59,27 @@ class TokenBudgetBatches(Sampler[list[int]]):
     def _permutation(self, count: int) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return torch.randperm(count, generator=generator).tolist()
+
+
+def token_budget_loader(
+    dataset: PreparedDataset,
+    budget: int,
+    args: PreferenceConfig,
+    collate: Callable[..., Any],
+    training: bool,
+) -> DataLoader:
+    """Loads such batches in the order that the Trainer's options ask for."""
+    batches = TokenBudgetBatches(
+        dataset.tokens(),
+        budget,
+        shuffle=training and args.train_sampling_strategy != "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        multiple_of=args.world_size,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+    )
