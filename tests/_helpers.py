@@ -40,15 +40,6 @@ def random_labels(*shape: int, vocab: int, ignored: float = 0.0, seed: int = 1) 
     return labels.masked_fill(torch.rand(shape, generator=generator) < ignored, -100)
 
 
-def assert_rounded_once(narrow: Tensor, wide: Tensor) -> None:
-    """narrow is wide rounded to its half type, where exp is as exact as that needs and moves a tie here and there."""
-    info = torch.finfo(narrow.dtype)
-    bound = wide.abs() * info.eps * 0.52 + info.smallest_normal * info.eps
-    excess = ((narrow.float() - wide).abs() - bound).flatten()
-    worst = excess.nan_to_num(torch.inf).argmax()
-    assert excess[worst] <= 0, f"{narrow.flatten()[worst]} for {wide.flatten()[worst]} at {worst}"
-
-
 def bits(tensor: Tensor) -> Tensor:
     """For comparisons in which NaN equals NaN and 0 differs from -0."""
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]

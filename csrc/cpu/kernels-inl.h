@@ -208,7 +208,7 @@ static inline void store_like_loaded(Out* p, Vec a, Vec b) {
 template <class T, class Out>
 static inline void gradient_span(const T* z, Out* grad, int64_t count, float reference,
                                  float scale) {
-  constexpr int kDegree = BackwardDegree<Out>::kValue;
+  constexpr int kDegree = BackwardDegree<T>::kValue;
   Vec c[kDegree + 1];
   load_coefficients<kDegree>(scale, c);
   const Vec log2e = set1(kLog2E), offset = set1(-reference);

@@ -83,8 +83,12 @@ static inline Vec load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 static inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+// Ties to even.
 static inline void store(BFloat16* p, Vec a) {
-  const __m256i upper = _mm256_srli_epi32(rounded_to_upper_half(a), 16);
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i upper = _mm256_srli_epi32(rounded, 16);
   const __m256i packed = _mm256_packus_epi32(upper, upper);  // halves: 0-3 0-3 | 4-7 4-7
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
