@@ -101,6 +101,53 @@ def test_products_have_float32_sums_of_exact_inputs(rows, hidden, vocab, dtype):
         assert torch.equal(head_grad_weight(d.bfloat16(), x), head_grad_weight(d, x))
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_every_number_of_last_rows_gives_the_bits_of_the_whole(dtype):
+    """A last panel is computed by a kernel for as many rows as it has."""
+    generator = torch.Generator().manual_seed(2)
+    x, w = (torch.randn(n, 24, generator=generator).to(dtype) for n in (33, 70))
+    d = torch.randn(33, 70, generator=generator).to(dtype).float()
+    logits, of_rows = head_logits(x, w), _ops.head_grad_rows(d, w)
+    for rows in range(1, 34):
+        assert torch.equal(head_logits(x[:rows], w), logits[:rows]), rows
+        assert torch.equal(_ops.head_grad_rows(d[:rows], w), of_rows[:rows]), rows
+        if dtype == torch.float32:  # here vocabulary entries are the rows of a panel
+            part = head_grad_weight(d[:, :rows], x)
+            assert torch.equal(part, head_grad_weight(d, x)[:rows]), rows
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(
+    "rows, hidden, vocab, reason",
+    [
+        (129, 16, 65552, "logits of more than 8 million floats in whole cache lines: past the caches"),
+        (129, 16, 65551, "as many, in lines that rows share: not past them"),
+        (3, 128, 65540, "the same of the gradient of the weight; its last panel is not whole"),
+        (3, 129, 65540, "rows of it share lines"),
+        (120, 96, 2100, "enough panels and blocks to fetch the next strip of the weight ahead"),
+    ],
+)  # fmt: skip
+def test_products_larger_than_the_caches_have_the_bits_of_small_ones(
+    rows, hidden, vocab, reason, dtype
+):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(rows, hidden, generator=generator).to(dtype)
+    w = torch.randn(vocab, hidden, generator=generator).to(dtype)
+    d = torch.randn(rows, vocab, generator=generator).to(dtype).float()
+    logits, of_weight = head_logits(x, w), head_grad_weight(d, x)
+    for first in range(0, vocab, 30_000):
+        tile = slice(first, first + 30_000)
+        assert torch.equal(head_logits(x, w[tile]), logits[:, tile]), reason
+        assert torch.equal(head_grad_weight(d[:, tile], x), of_weight[tile]), reason
+    # The sums of slices of the vocabulary depend on its size; of the rows, none.
+    of_rows = _ops.head_grad_rows(d, w)
+    assert torch.equal(
+        torch.cat([_ops.head_grad_rows(d[i : i + 30], w) for i in range(0, rows, 30)]), of_rows
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
 @pytest.mark.parametrize("rows, hidden, vocab", [s[:3] for s in SHAPES], ids=[s[3] for s in SHAPES])
 def test_the_last_sum_is_the_float32_sum_rounded_once(rows, hidden, vocab, dtype):

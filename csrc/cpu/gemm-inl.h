@@ -11,46 +11,99 @@ static constexpr int64_t kColumns = 2 * Vec::kWidth;  // of a right panel: [k][k
 static constexpr int64_t kLeft =
     Vec::kWidth;  // stride of a left panel: [k][kLeft], kRows of them used
 
-static constexpr int64_t kDepth = 512;  // vocabulary entries a block of gradient_of_rows
-static constexpr int64_t kPanels = 8;   // left panels a task of gradient_of_weight
+static constexpr int64_t kDepth = 512;      // vocabulary entries a block of gradient_of_rows
+static constexpr int64_t kPanels = 8;       // left panels a task of gradient_of_weight
+static constexpr int64_t kStrips = 4;       // right panels that it takes at a time
+static constexpr int64_t kPanelsAhead = 8;  // left panels whose products hide a wait for memory
+static constexpr int64_t kStreamFloats = 8 << 20;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// c[i, j] (+)= sum over k of a[k][i] b[k][j]; only `rows` x `columns` of the sums are stored.
-template <class Format>
-static inline void micro(int64_t units, const float* a, const float* b, float* c, int64_t c_stride,
-                         int64_t rows, int64_t columns, bool accumulate) {
-  Vec left[kRows], right[kRows], b_left, b_right;
+// What becomes of a product: stored, added to what is there, or stored past the caches.
+enum class Put { kStore, kAdd, kStream };
+
+// Of a product whose matrix has that many floats. Past the caches saves the reading of every line
+// before it is written, where the matrix consists of whole lines and is larger than the caches.
+static inline Put put_into(const float* matrix, int64_t rows, int64_t columns) {
+  const bool whole = reinterpret_cast<uintptr_t>(matrix) % 64 == 0 && columns % 16 == 0;
+  return whole && rows * columns >= kStreamFloats ? Put::kStream : Put::kStore;
+}
+
+// Called at every k of a micro kernel: fetches nothing.
+struct NothingAhead {
+  void operator()(int64_t) const {}
+};
+
+// Fetches rows of memory that is packed after kPanelsAhead micro kernels of full depth, spread over
+// them: lines a page apart, which the hardware does not see coming. The gradient of 226 rows became
+// 10 % faster. Earlier fetches would have left the cache again.
+template <class T, class Format>
+struct RowsAhead {
+  static constexpr int64_t kEvery = kPanelsAhead * Format::units(kDepth) / kDepth;
+  const T* rows;  // null: nothing
+  int64_t stride;
+  void operator()(int64_t k) const {
+    if (rows != nullptr && k % kEvery == 0) {
+      prefetch_to_second_level<kColumns * sizeof(T)>(rows + k / kEvery * stride);
+    }
+  }
+};
+
+// c[i, j] (+)= sum over k of a[k][i] b[k][j] for kCount rows, of which `rows` are stored, and
+// `columns` of the columns.
+template <class Format, int kCount, class Ahead>
+static inline void micro_rows(int64_t units, const float* a, const float* b, float* c,
+                              int64_t c_stride, int64_t rows, int64_t columns, Put put,
+                              Ahead ahead) {
+  Vec left[kCount], right[kCount], b_left, b_right;
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) left[i] = right[i] = set1(0.0f);
-  // They arrive while the sums are made.
-  for (int64_t i = 0; i < rows; ++i) prefetch_bytes<kColumns * sizeof(float)>(c + i * c_stride);
+  for (int i = 0; i < kCount; ++i) left[i] = right[i] = set1(0.0f);
+  if (put != Put::kStream) {  // they arrive while the sums are made
+    for (int64_t i = 0; i < rows; ++i) prefetch_bytes<kColumns * sizeof(float)>(c + i * c_stride);
+  }
   for (int64_t k = 0; k < units; ++k, a += kLeft, b += kColumns) {
+    ahead(k);
     load_pair(b, b_left, b_right);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const Vec factor = set1(a[i]);
       left[i] = Format::multiply_add(factor, b_left, left[i]);
       right[i] = Format::multiply_add(factor, b_right, right[i]);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (i >= rows) continue;
     float* row = c + i * c_stride;
-    if (columns == kColumns) {
-      if (accumulate) {
+    if (columns < kColumns) {
+      float sums[kColumns];
+      store_pair(sums, left[i], right[i]);
+      for (int64_t j = 0; j < columns; ++j) row[j] = put == Put::kAdd ? row[j] + sums[j] : sums[j];
+    } else if (put == Put::kStream) {
+      stream_pair(row, left[i], right[i]);
+    } else {
+      if (put == Put::kAdd) {
         load_pair(row, b_left, b_right);
         left[i] = add(b_left, left[i]);
         right[i] = add(b_right, right[i]);
       }
       store_pair(row, left[i], right[i]);
-    } else {
-      float sums[kColumns];
-      store_pair(sums, left[i], right[i]);
-      for (int64_t j = 0; j < columns; ++j) row[j] = accumulate ? row[j] + sums[j] : sums[j];
     }
   }
+}
+
+// The same with no more sums than the rows of a last panel need, up to one: sums for rows that are
+// not there took 5 % of a product of 226 rows.
+template <class Format, int kCount = kRows, class Ahead = NothingAhead>
+static inline void micro(int64_t units, const float* a, const float* b, float* c, int64_t c_stride,
+                         int64_t rows, int64_t columns, Put put, Ahead ahead = {}) {
+  if constexpr (kCount > 2) {
+    if (rows <= kCount - 2) {
+      micro<Format, kCount - 2>(units, a, b, c, c_stride, rows, columns, put, ahead);
+      return;
+    }
+  }
+  micro_rows<Format, kCount>(units, a, b, c, c_stride, rows, columns, put, ahead);
 }
 
 // panel[k][i] = in[i * stride + k], `count` of the kWidth wide rows present; the others are 0.
@@ -129,10 +182,10 @@ static void logits_tile(const HeadParams& p, int64_t tile, float* workspace) {
     Format::pack_rows(weight + half * p.hidden, p.hidden, present, p.hidden, workspace + half,
                       kColumns);
   }
+  const Put put = put_into(p.logits, p.rows, p.vocab);
   for (int64_t i = 0; i < p.rows; i += kRows) {
     micro<Format>(units, p.packed_rows + i / kRows * units * kLeft, workspace,
-                  p.logits + i * p.vocab + first, p.vocab, least(kRows, p.rows - i), columns,
-                  false);
+                  p.logits + i * p.vocab + first, p.vocab, least(kRows, p.rows - i), columns, put);
   }
 }
 
@@ -142,6 +195,7 @@ template <class T, class Gradient, class Format>
 static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, int64_t begin,
                              int64_t end, float* workspace) {
   const Gradient* gradient = static_cast<const Gradient*>(p.gradient);
+  const T* weight = static_cast<const T*>(p.weight);
   const int64_t panels = (last - first + kRows - 1) / kRows;
   float* left = workspace;
   float* right = workspace + panels * Format::units(kDepth) * kLeft;
@@ -154,12 +208,19 @@ static void gradient_of_rows(const HeadParams& p, int64_t first, int64_t last, i
     }
     for (int64_t h = 0; h < p.hidden; h += kColumns) {
       const int64_t columns = least(kColumns, p.hidden - h);
-      Format::template pack_columns<kColumns>(static_cast<const T*>(p.weight) + v * p.hidden + h,
-                                              p.hidden, columns, depth, right);
+      const T* strip = weight + v * p.hidden + h;
+      Format::template pack_columns<kColumns>(strip, p.hidden, columns, depth, right);
+      const bool is_last = h + 2 * kColumns > p.hidden;
+      const T* next = is_last ? strip - h + kDepth * p.hidden : strip + kColumns;
+      const bool is_next_whole = v + (is_last ? 2 : 1) * kDepth <= end;
       for (int64_t i = first; i < last; i += kRows) {
-        micro<Format>(units, left + (i - first) / kRows * units * kLeft, right,
-                      p.grad_rows + i * p.hidden + h, p.hidden, least(kRows, last - i), columns,
-                      v > begin);
+        const int64_t panel = (i - first) / kRows, ahead = panel - (panels - kPanelsAhead);
+        const int64_t done = ahead * (kDepth / kPanelsAhead);
+        const RowsAhead<T, Format> rows{
+            is_next_whole && ahead >= 0 ? next + done * p.hidden : nullptr, p.hidden};
+        micro<Format>(units, left + panel * units * kLeft, right, p.grad_rows + i * p.hidden + h,
+                      p.hidden, least(kRows, last - i), columns,
+                      v > begin ? Put::kAdd : Put::kStore, rows);
       }
     }
   }
@@ -175,25 +236,32 @@ static void gradient_of_weight(const HeadParams& p, int64_t block, float* worksp
                                          p.gradient_stride, least(kLeft, p.vocab - v), p.rows,
                                          workspace + (v - first) / kRows * units * kLeft);
   }
-  for (int64_t h = 0; h < p.hidden; h += kColumns) {
+  // Some strips at a time: longer pieces of every row of the result are written together.
+  const Put put = p.total != nullptr
+                      ? Put::kAdd
+                      : put_into(static_cast<float*>(p.grad_weight), p.vocab, p.hidden);
+  for (int64_t begin = 0; begin < p.hidden; begin += kStrips * kColumns) {
+    const int64_t end = least(p.hidden, begin + kStrips * kColumns);
     for (int64_t v = first; v < last; v += kRows) {
-      const int64_t offset = v * p.hidden + h;
-      const int64_t rows = least(kRows, last - v), columns = least(kColumns, p.hidden - h);
       const float* left = workspace + (v - first) / kRows * units * kLeft;
-      const float* right = p.packed_columns + h * units;
-      if constexpr (sizeof(Out) == sizeof(float)) {
-        micro<Format>(units, left, right, static_cast<float*>(p.grad_weight) + offset, p.hidden,
-                      rows, columns, p.total != nullptr);
-        continue;
-      }
-      float sums[kRows * kColumns];
-      micro<Format>(units, left, right, sums, kColumns, rows, columns, false);
-      Out* out = static_cast<Out*>(p.grad_weight) + offset;
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) {
-          const int64_t at = i * p.hidden + j;
-          const float before = p.total == nullptr ? 0.0f : p.total[offset + at];
-          out[at] = narrow<Out>(before + sums[i * kColumns + j]);
+      const int64_t rows = least(kRows, last - v);
+      for (int64_t h = begin; h < end; h += kColumns) {
+        const int64_t offset = v * p.hidden + h, columns = least(kColumns, p.hidden - h);
+        const float* right = p.packed_columns + h * units;
+        if constexpr (sizeof(Out) == sizeof(float)) {
+          micro<Format>(units, left, right, static_cast<float*>(p.grad_weight) + offset, p.hidden,
+                        rows, columns, put);
+          continue;
+        }
+        float sums[kRows * kColumns];
+        micro<Format>(units, left, right, sums, kColumns, rows, columns, Put::kStore);
+        Out* out = static_cast<Out*>(p.grad_weight) + offset;
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) {
+            const int64_t at = i * p.hidden + j;
+            const float before = p.total == nullptr ? 0.0f : p.total[offset + at];
+            out[at] = narrow<Out>(before + sums[i * kColumns + j]);
+          }
         }
       }
     }

@@ -34,6 +34,11 @@ static inline void store_pair(float* p, Vec a, Vec b) {
   _mm256_storeu_ps(p, a.v);
   _mm256_storeu_ps(p + 8, b.v);
 }
+// To whole cache lines, without reading them first.
+static inline void stream_pair(float* p, Vec a, Vec b) {
+  _mm256_stream_ps(p, a.v);
+  _mm256_stream_ps(p + 8, b.v);
+}
 
 // bfloat16: a takes the even elements, b the odd ones, one instruction each. No kernel cares for
 // the order.
@@ -68,6 +73,10 @@ static inline void store_pair(Float16* p, Vec a, Vec b) {
 template <int kBytes>
 static inline void prefetch_bytes(const void* p) {
   for (int i = 0; i < kBytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
+}
+template <int kBytes>
+static inline void prefetch_to_second_level(const void* p) {
+  for (int i = 0; i < kBytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T1);
 }
 
 // For the matrix products (gemm-inl.h): 6 x 16 sums take 12 of the 16 registers.

@@ -27,6 +27,11 @@ static inline void store_pair(float* p, Vec a, Vec b) {
   _mm512_storeu_ps(p, a.v);
   _mm512_storeu_ps(p + 16, b.v);
 }
+// To whole cache lines, without reading them first.
+static inline void stream_pair(float* p, Vec a, Vec b) {
+  _mm512_stream_ps(p, a.v);
+  _mm512_stream_ps(p + 16, b.v);
+}
 
 // bfloat16: a takes the even elements, b the odd ones, one instruction each. No kernel cares for
 // the order.
@@ -61,6 +66,10 @@ static inline void store_pair(Float16* p, Vec a, Vec b) {
 template <int kBytes>
 static inline void prefetch_bytes(const void* p) {
   for (int i = 0; i < kBytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
+}
+template <int kBytes>
+static inline void prefetch_to_second_level(const void* p) {
+  for (int i = 0; i < kBytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T1);
 }
 
 // For the matrix products (gemm-inl.h): 14 x 32 sums take 28 of the 32 registers.

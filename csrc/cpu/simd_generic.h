@@ -51,8 +51,12 @@ static inline void store_pair(T* p, Vec a, Vec b) {
   }
 }
 
+static inline void stream_pair(float* p, Vec a, Vec b) { store_pair(p, a, b); }
+
 template <int kBytes>
 static inline void prefetch_bytes(const void*) {}
+template <int kBytes>
+static inline void prefetch_to_second_level(const void*) {}
 
 // For the matrix products (gemm-inl.h).
 static constexpr int64_t kRows = 4;
