@@ -17,6 +17,24 @@ class Group(NamedTuple):
     prompt: int
     responses: tuple[int, ...]
 
+    def blocks(self) -> list[int]:
+        """Tokens of the prompt with its first response, then of every other response."""
+        return [self.prompt + sum(self.responses[:1]), *self.responses[1:]]
+
+
+class Sequences(NamedTuple):
+    """A row for attention that takes sequences of any lengths: a block is a sequence of queries, and its keys
+    are the block, for another response the prompt before it again. T tokens, K keys, N sequences."""
+
+    keys: Tensor  # [K] int64: the position of each key in the row
+    query_ends: Tensor  # [N + 1] int32: tokens before each sequence
+    key_ends: Tensor  # [N + 1] int32: keys before each sequence
+    max_queries: int
+    max_keys: int
+    first_places: Tensor  # [T] int64: where among the keys each position stands first
+    # (places among the keys, positions in the row) of the other times; no position twice in one of them
+    repeats: tuple[tuple[Tensor, Tensor], ...]
+
 
 @dataclass(frozen=True, eq=False)
 class SharedPromptLayout:
@@ -29,6 +47,7 @@ class SharedPromptLayout:
 
     groups: tuple[Group, ...]
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sequences: dict[torch.device, Sequences] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -65,6 +84,54 @@ class SharedPromptLayout:
             zeros = torch.zeros(queries, keys, dtype=dtype, device=device)
             self._masks[key] = zeros.masked_fill(hidden, -torch.inf)
         return self._masks[key]
+
+    def sequences(self, device: torch.device) -> Sequences:
+        """Kept as long as the batch, like the masks: every layer asks for the same."""
+        if device not in self._sequences:
+            self._sequences[device] = _sequences_of(self.groups, device)
+        return self._sequences[device]
+
+
+def _sequences_of(groups: Sequence[Group], device: torch.device) -> Sequences:
+    keys: list[np.ndarray] = []
+    first_places: list[np.ndarray] = []
+    repeats: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # by response after the first
+    queries, key_counts = [0], [0]
+    start = place = 0  # of the next block in the row; of the next key
+    for group in groups:
+        prompt = np.arange(start, start + group.prompt)
+        for number, size in enumerate(group.blocks()):
+            if size == 0:
+                continue
+            own = np.arange(start, start + size)
+            before = prompt if number > 0 else prompt[:0]
+            if len(before):
+                places = np.arange(place, place + len(before))
+                repeats.setdefault(number, []).append((places, before))
+            keys += [before, own]
+            first_places.append(np.arange(place + len(before), place + len(before) + size))
+            queries.append(size)
+            key_counts.append(len(before) + size)
+            start, place = start + size, place + len(before) + size
+
+    def joined(arrays: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *arrays])).to(device)
+
+    def ends(sizes: list[int]) -> Tensor:
+        return torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(device)
+
+    return Sequences(
+        joined(keys),
+        ends(queries),
+        ends(key_counts),
+        max(queries),
+        max(key_counts),
+        joined(first_places),
+        tuple(
+            (joined([places for places, _ in pairs]), joined([own for _, own in pairs]))
+            for _, pairs in sorted(repeats.items())
+        ),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,11 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyfast_dpo.attention.blocks import Scores, attend_by_blocks
 from pyfast_dpo.attention.layout import SharedPromptLayout
+from pyfast_dpo.attention.varlen import attend_at_once, takes
 
 PREFIX = "shared_prompt_over_"  # then the implementation that serves every call without a layout
 
@@ -88,69 +89,9 @@ def shared_prompt_attention(
             f"shared_prompt_attention: query must be one row of {shared_prompt_layout.tokens} tokens, "
             f"got {list(query.shape)}"
         )
-    # One block a prompt with its first response, one for each other response. Splitting the whole row at
-    # once makes the backward pass one concatenation.
-    sizes = [
-        size
-        for group in shared_prompt_layout.groups
-        for size in (group.prompt + sum(group.responses[:1]), *group.responses[1:])
-    ]
-    blocks = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = []
-    attend: dict[str, Any] = {
-        "layout": shared_prompt_layout,
-        "scaling": scaling,
-        "dropout": dropout,
-        "window": sliding_window,
-        "softcap": softcap,
-    }
-    for group in shared_prompt_layout.groups:
-        q, k, v = next(blocks)
-        outputs.append(_causal(q, k, v, **attend))
-        prompt_key, prompt_value = k[:, :, : group.prompt], v[:, :, : group.prompt]
-        for _ in group.responses[1:]:
-            q, k, v = next(blocks)
-            k, v = torch.cat([prompt_key, k], dim=2), torch.cat([prompt_value, v], dim=2)
-            outputs.append(_causal(q, k, v, **attend))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _causal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    layout: SharedPromptLayout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention of queries that are the last positions of the keys."""
-    queries, keys = query.shape[2], key.shape[2]
-    mask = None
-    if queries != keys or softcap is not None or (window is not None and window < keys):
-        mask = layout.mask(queries, keys, window, query.dtype, query.device)
-    repeats = query.shape[1] // key.shape[1]
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=repeats > 1,
-        )
-    # torch's fused attention has no soft-cap; rows of one group are short.
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    assert mask is not None
-    weights = (scores + mask).softmax(-1, dtype=torch.float32)
-    weights = F.dropout(weights.to(query.dtype), dropout, dropout > 0)
-    return weights @ value.repeat_interleave(repeats, 1)
+    scores = Scores(scaling, dropout, sliding_window, softcap)
+    attend = attend_at_once if takes(query, key, scores) else attend_by_blocks
+    return attend(query, key, value, shared_prompt_layout, scores), None
 
 
 def _original(module: Any) -> Any:
