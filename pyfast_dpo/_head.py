@@ -109,7 +109,7 @@ class WeightGradient:
         self.total: Tensor | None = None  # float32 (float64)
         self.result: Tensor | None = None  # of the parameter's dtype: what the last part writes
         self.accumulate = False
-        self.lent = False  # the total's memory holds logits
+        self.spare: LogitsBuffer | None = None  # while the total's memory is lent to logits
         # On CUDA: parts that wait for their product.
         self.gathered: list[tuple[Tensor, Tensor]] = []
 
@@ -120,16 +120,22 @@ class WeightGradient:
         width = self.weight.shape[1]
         return min(width, math.isqrt(max_rows * width))
 
-    def lend(self, rows: int) -> LogitsBuffer:
-        """Memory for the logits of the first part: the end of what the total will fill, until it is added."""
-        self.total, self.lent = self._empty(torch.float32), True
+    def lend(self, rows: int, spare: LogitsBuffer) -> LogitsBuffer:
+        """Memory for the logits of the first part: the end of what the total will fill, until it is added.
+        `spare`, with `copied(rows)` elements and until then not used otherwise, takes a copy of some."""
+        self.total, self.spare = self._empty(torch.float32), spare
         size = rows * self.weight.shape[0]
         return LogitsBuffer(size, self.total.view(-1)[self.total.numel() - size :])
+
+    def copied(self, rows: int) -> int:
+        """Elements of the gradient of so many rows of logits that lie in their own result's way."""
+        vocab, width = self.weight.shape
+        return rows * -(-rows * vocab // width)
 
     def start(self, rows: int) -> None:
         """Before the next part, of that many rows."""
         self.remaining -= rows
-        self.accumulate = self.total is not None and not self.lent
+        self.accumulate = self.total is not None and self.spare is None
         if self.weight.dtype == torch.float64:
             if self.total is None:
                 self.total = torch.zeros_like(self.weight)
@@ -145,14 +151,15 @@ class WeightGradient:
         total = None if self.total is None else self.total[tile]
         if gradient.dtype == torch.float64 and total is not None:
             total.addmm_(gradient.T, rows)
-        elif self.lent and total is not None:
+        elif self.spare is not None and total is not None:
             # Entries before the border lie before the logits; of the others a copy is taken.
-            vocab, width = self.weight.shape
-            border = (vocab * width - gradient.numel()) // width
-            others = gradient[:, border:].clone(memory_format=torch.contiguous_format)
+            count, vocab = gradient.shape
+            others = self.spare.view(count, self.copied(count) // count, gradient.device)
+            border = vocab - others.shape[1]
+            others.copy_(gradient[:, border:])
             for part, out in ((gradient[:, :border], total[:border]), (others, total[border:])):
                 _ops.head_grad_weight_(out, part, rows, False, None)
-            self.lent = False
+            self.spare = None
         elif self.weight.is_cuda:
             self.gather(gradient.to(rows.dtype), rows, tile)
         elif self.result is not None:

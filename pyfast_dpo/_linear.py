@@ -170,16 +170,14 @@ class LinearLoss(torch.autograd.Function):
         # Without gradients of the head nothing but a factor a row waits for the loss.
         frozen = wanted[0] and not any(wanted[1:])
         gradients = Gradients(hidden, head, wanted, rows.index.shape[0], weight.dtype)
-        if not any(
-            wanted[1:]
-        ):  # what waits are the rows' own gradients, which the budget bounds too
+        if not any(wanted[1:]):
+            # What waits are the rows' own gradients, which the budget bounds too.
             vocab, width = weight.shape
             plan = plan._replace(ready_rows=plan.max_rows * vocab // width)
         elif gradients.weight is not None and head.softcap is None:
             plan = plan._replace(lent_rows=gradients.weight.lent_rows(plan.max_rows))
         chunks = plan.chunks()
-        largest = max((chunk.size() for chunk in chunks if not chunk.lent), default=0)
-        buffer = LogitsBuffer(min(largest, plan.piece_rows) * weight.shape[0])
+        buffer = _buffer_for(chunks, plan, gradients)
         kept_rows = min(plan.chunk_rows, rows.index.shape[0]) if plan.kept else 0
         kept_gradients = weight.new_empty((kept_rows, weight.shape[0]), dtype=head.weight.dtype)
         loss = hidden.new_zeros((), dtype=torch.float64)
@@ -192,7 +190,7 @@ class LinearLoss(torch.autograd.Function):
             pieces, own_buffer = plan.pieces(index.shape[0]), buffer
             if chunk.lent and gradients.weight is not None:
                 pieces = [slice(0, index.shape[0])]
-                own_buffer = gradients.weight.lend(index.shape[0])
+                own_buffer = gradients.weight.lend(index.shape[0], buffer)
             keep = plan.kept and index.shape[0] <= kept_rows
             scored: list[Scored] = []
             of_rows: list[Tensor] = []  # gradients of the rows, up to the factors that wait
@@ -264,6 +262,15 @@ class LinearLoss(torch.autograd.Function):
             with torch.no_grad():
                 gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
         return *refuse_second(gradients, inputs), None, None
+
+
+def _buffer_for(chunks: list[Chunk], plan: Plan, gradients: Gradients) -> LogitsBuffer:
+    """For the logits of every chunk without lent memory, and before them for what lending copies."""
+    rows = max((chunk.size() for chunk in chunks if not chunk.lent), default=0)
+    elements = [min(rows, plan.piece_rows) * gradients.head.weight.shape[0]]
+    if gradients.weight is not None:
+        elements += [gradients.weight.copied(chunk.size()) for chunk in chunks if chunk.lent]
+    return LogitsBuffer(max(elements))
 
 
 def _call(
