@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
-CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu)
+CXX_SOURCES := $(wildcard bench/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu)
 
 # pip reads these, also in the build environments that it makes itself.
 export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt

@@ -5,7 +5,8 @@
 One padded batch [chosen; rejected] with the token counts of real preference data; the loss and the gradients
 of the hidden states and (unless frozen) of the weight. Everybody gets the same batch: who projects prompt and
 padding too pays for it. The floor is three `torch.mm` of the completion rows in the inputs' dtype: what the
-mathematics asks for, without any softmax, at the speed of torch's own products.
+mathematics asks for, without any softmax, at the speed of torch's own products. "registers alone" spends as many
+operations without any memory: what no product by multiply-adds can be faster than (AMX is another instruction).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from common import (
     ratios,
     start_fork_server,
 )
+from peak import load_peak
 from report import Bar, Progress, draw_bars, load_pyplot, megabytes, table, write_json
 from torch import Tensor
 
@@ -39,6 +41,7 @@ import pyfast_dpo
 TOKENS = [(43, 46, 180), (124, 72, 67), (123, 123, 34), (203, 41, 27)]
 BETA = 0.1
 FLOOR = "three torch.mm of the completion rows"
+PEAK = "their operations in registers alone"
 OURS, FROZEN = "ours", "ours, frozen head"
 QUIET = 0.05
 FILE = "bench_linear.json"
@@ -197,6 +200,8 @@ def measure(case: Case, peers: dict[str, Loss], rounds: int, progress: Progress)
         )._asdict()
         for name, loss in {OURS: ours, FROZEN: ours, **peers}.items()
     }
+    rows = int((batch.labels != -100).sum())
+    flops = 6 * rows * case.hidden * case.vocab
     contenders = {
         FLOOR: three_products(batch),
         OURS: forward_backward(batch, ours),
@@ -204,10 +209,13 @@ def measure(case: Case, peers: dict[str, Loss], rounds: int, progress: Progress)
         **{name: forward_backward(batch, loss) for name, loss in peers.items()},
     }
     progress.next(f"{case}: times")
+    try:
+        spend = load_peak(case.dtype, torch.get_num_threads())
+        contenders[PEAK] = lambda: lambda: spend(flops)
+    except RuntimeError as error:
+        print(f"skipped: {PEAK} ({error})")
     others = OtherLoad()
     seconds = alternate(contenders, rounds, progress=progress.detail)
-    rows = int((batch.labels != -100).sum())
-    flops = 6 * rows * case.hidden * case.vocab
     return {
         "case": str(case),
         **case._asdict(),
@@ -261,7 +269,7 @@ def draw(content: dict[str, Any], path: Path) -> bool:
     pyplot = load_pyplot()
     if pyplot is None:
         return False
-    colors = {FLOOR: "0.6", OURS: "#7d6ba0", FROZEN: "#b9aed0"}
+    colors = {FLOOR: "0.6", PEAK: "0.8", OURS: "#7d6ba0", FROZEN: "#b9aed0"}
     bars = [
         Bar(result["case"], entry["contender"], Spread(**entry["over_floor"]), colors.get(entry["contender"], "#d9a441"), None)
         for result in content["cases"]
