@@ -2,6 +2,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <vector>
 
@@ -36,6 +41,20 @@ void with_workspace(const Tensor& like, int64_t tasks, int64_t floats_each, cons
     float* own = floats(workspace) + next_workspace++ * floats_each;
     for (int64_t i = next++; i < tasks; i = next++) task(i, own);
   });
+}
+
+// Maps memory that is about to be written, where it is fresh: one call, instead of a fault for
+// every page, takes two thirds of the time. Where it is not, or cannot be mapped so, nothing
+// happens.
+void map_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 struct Shapes {
@@ -177,10 +196,18 @@ void head_grad_weight_(const Tensor& out, const Tensor& gradient_in, const Tenso
   const int kind = set_gradient(gradient, params);
   params.grad_weight = out.mutable_data_ptr();
   params.total = accumulate ? floats(out) : total.has_value() ? floats(*total) : nullptr;
+  const auto row_bytes = static_cast<int64_t>(out.element_size()) * shapes.hidden;
   const auto work = (wide ? gemm.gradient_of_weight : gemm.narrow_gradient_of_weight)[kind][type];
   with_workspace(rows, divide_up(shapes.vocab, gemm.panels * gemm.rows),
-                 gemm.panels * gemm.left_size[type](shapes.rows),
-                 [&](int64_t block, float* own) { work(params, block, own); });
+                 gemm.panels * gemm.left_size[type](shapes.rows), [&](int64_t block, float* own) {
+                   const int64_t first = block * gemm.panels * gemm.rows;
+                   const int64_t entries = least(gemm.panels * gemm.rows, shapes.vocab - first);
+                   if (!accumulate) {
+                     map_pages(static_cast<char*>(params.grad_weight) + first * row_bytes,
+                               entries * row_bytes);
+                   }
+                   work(params, block, own);
+                 });
 }
 
 }  // namespace
