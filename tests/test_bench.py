@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,27 @@ def test_refuses_a_shape_it_cannot_measure(shape: str) -> None:
         sys.path.remove(str(BENCH))
     with pytest.raises(argparse.ArgumentTypeError, match="even number of rows, got"):
         bench_ops.parse_shape(shape)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_operations_in_registers_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were they computed once, or not at all, the floor of bench_linear would be no floor."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from peak import load_peak
+
+    spend = load_peak("float32", 1)
+
+    def seconds(operations: float) -> float:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            spend(operations)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    few, many = seconds(1e9), seconds(8e9)
+    assert 4 < many / few < 16, (few, many)
+    assert many > 8e9 / 1e12, "no core makes 1000 GFLOP/s"
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(RuntimeError, match="/bin/false failed"):
+        load_peak("float32", 1)
