@@ -115,8 +115,8 @@ if trainer.is_world_process_zero():
 if torch.distributed.is_initialized():
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # All is written. Torch's own threads abort a process that ends before them, in one run of many ("terminate
-    # called without an active exception").
+    # All is written. Once in many runs a process was aborted ("terminate called without an active exception"),
+    # probably by threads of torch that were still there at its end.
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)
 """

@@ -49,6 +49,12 @@ def kernel() -> Any:
     return varlen_attn if {"scale", "window_size"} <= known.keys() else None
 
 
+@functools.cache  # every layer asks
+def _asks_for_groups(varlen_attn: Any) -> bool:
+    """Whether it must be told of grouped heads; before torch 2.12 it saw for itself."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scores: Scores
 ) -> Tensor:
@@ -57,7 +63,7 @@ def attend_at_once(
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     varlen_attn = kernel()
     options: dict[str, Any] = {}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, it needed no telling
+    if _asks_for_groups(varlen_attn):
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     output = varlen_attn(
         query,
