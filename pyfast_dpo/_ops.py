@@ -32,6 +32,7 @@ row_statistics = _namespace.row_statistics
 head_logits_ = _namespace.head_logits_
 head_grad_rows = _namespace.head_grad_rows
 head_grad_weight_ = _namespace.head_grad_weight_
+shared_prompt_attention = _namespace.shared_prompt_attention
 HEAD_PANEL_ROWS: int = _C.head_panel_rows()  # the CPU's products take rows in such lots
 
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
@@ -189,6 +190,43 @@ def _(out, gradient, rows, accumulate, total):
     return None
 
 
+# --- attention over rows of shared prompts, on the CPU ---------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::shared_prompt_attention")
+def _(query, key, value, blocks, scale, window):
+    tokens, heads, _ = query.shape
+    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(
+        (heads, tokens), dtype=torch.float32
+    )
+
+
+@torch.library.register_fake("pyfast_dpo::shared_prompt_attention_backward")
+def _(grad_output, query, key, value, *rest):
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (query, key, value)
+    )
+
+
+def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, blocks, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, blocks)
+
+
+def _attention_backward(ctx: Any, grad_output: Tensor, _: Any):
+    gradients = _namespace.shared_prompt_attention_backward(
+        grad_output, *ctx.saved_tensors, *ctx.options
+    )
+    return *gradients, None, None, None
+
+
+torch.library.register_autograd(
+    "pyfast_dpo::shared_prompt_attention", _attention_backward, setup_context=_attention_setup
+)
+
+
 # --- double backward: refused by name, never a wrong number -----------------------------------------
 
 
@@ -201,5 +239,10 @@ def _refuse_double_backward(name: str) -> None:
     torch.library.register_autograd(f"pyfast_dpo::{name}", backward)
 
 
-for _name in ("seq_logp_backward", "pair_loss_backward", "unpaired_loss_backward"):
+for _name in (
+    "seq_logp_backward",
+    "pair_loss_backward",
+    "unpaired_loss_backward",
+    "shared_prompt_attention_backward",
+):
     _refuse_double_backward(_name)

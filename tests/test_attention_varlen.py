@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from test_attention import MODELS, PROMPTS, make, packed
 
-from pyfast_dpo.attention import pack_row, shared_prompt, use_shared_prompt_attention, varlen
+from pyfast_dpo.attention import cpu, pack_row, use_shared_prompt_attention, varlen
 from pyfast_dpo.attention.blocks import Scores, attend_by_blocks
 from pyfast_dpo.attention.layout import Group, SharedPromptLayout
 
@@ -56,8 +56,9 @@ def calls(monkeypatch):
 
     kernel.__signature__ = inspect.signature(plain_kernel)
     monkeypatch.setattr(varlen, "kernel", lambda: kernel)
+    monkeypatch.setattr(cpu, "takes", lambda *_: False)
     monkeypatch.setattr(
-        shared_prompt, "takes", lambda q, k, scores: not scores.dropout and scores.softcap is None
+        varlen, "takes", lambda q, k, scores: not scores.dropout and scores.softcap is None
     )
     return seen
 
@@ -79,7 +80,7 @@ def test_one_call_a_layer_gives_hidden_states_and_gradients_of_the_blocks(name, 
     ours = results()
     layers = model.config.num_hidden_layers
     assert len(calls) == (0 if name == "gemma2 soft-cap" else layers), "one call a layer"
-    monkeypatch.setattr(shared_prompt, "takes", lambda *_: False)
+    monkeypatch.setattr(varlen, "takes", lambda *_: False)
     for result, expected in zip(ours, results(), strict=True):
         difference = float((result - expected).abs().max() / (expected.abs().max() + 1e-6))
         assert difference < 1e-4, f"relative difference {difference:.2g}"

@@ -58,7 +58,12 @@ def skip_where_lacking(level: str) -> None:
 every_level = pytest.mark.parametrize("level", LEVELS)
 
 
-NUMERIC_TESTS = ["test_seq_logp.py", "test_linear.py", "test_linear_statistics.py"]
+NUMERIC_TESTS = [
+    "test_seq_logp.py",
+    "test_linear.py",
+    "test_linear_statistics.py",
+    "test_attention_cpu.py",
+]
 
 
 @every_level

@@ -34,7 +34,10 @@ inline float widen(BFloat16 value) {
   return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
 }
 
-inline float widen(Float16 value) {
+// Inlined always: an instruction set's own copy must not become the one for everybody.
+#define PFD_ALWAYS_INLINE inline __attribute__((always_inline))
+
+PFD_ALWAYS_INLINE float widen(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t exponent = (value.bits >> 10) & 0x1fu;
   const uint32_t mantissa = value.bits & 0x3ffu;
@@ -68,7 +71,7 @@ inline BFloat16 narrow<BFloat16>(double value) {
 }
 
 template <>
-inline Float16 narrow<Float16>(double value) {
+PFD_ALWAYS_INLINE Float16 narrow<Float16>(double value) {
   const uint32_t bits = float_to_bits(static_cast<float>(value));
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;

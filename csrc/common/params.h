@@ -112,6 +112,42 @@ struct HeadParams {
   const float* total;           // [V, H] or null: 0; grad_weight itself if that is float32
 };
 
+// Attention over one row of shared prompts, on the CPU. T tokens, D width of a head.
+
+// Queries that lie together in the row. Their keys are a prompt before them, all of it, and then
+// their own, causally. Blocks without a prompt begin a group; the others' prompt is the beginning
+// of the group's first block.
+struct AttentionBlock {
+  int64_t first, count;                // the queries
+  int64_t prompt_first, prompt_count;  // keys before their own
+};
+
+// Elements of a head are contiguous; strides between tokens and between heads.
+struct HeadsView {
+  const void* data;  // [T, heads, D]
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+struct AttentionParams {
+  DType dtype;  // of everything but log_sums: kFloat32, kBFloat16 or kFloat16
+  int64_t tokens;
+  int64_t heads;
+  int64_t key_heads;  // divides heads
+  int64_t width;
+  const AttentionBlock* blocks;
+  float scale;     // > 0
+  int64_t window;  // positions that a query sees, itself included
+  HeadsView query, key, value;
+  void* output;     // [T, heads, D]
+  float* log_sums;  // [heads, T] log2 of the sum of exp(scale * score)
+  // backward
+  HeadsView grad_output;
+  void* grad_query;  // [T, heads, D]
+  void* grad_key;    // [T, key heads, D]
+  void* grad_value;  // [T, key heads, D]
+};
+
 // Losses on one number a sequence. P pairs; N unpaired sequences. float or double throughout.
 
 // What a pair loss sees of a log-ratio x: phi(x) of divergence.h. The default is x itself.

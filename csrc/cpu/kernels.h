@@ -39,6 +39,18 @@ struct Gemm {
   void (*narrow_gradient_of_weight[2][4])(const HeadParams&, int64_t block, float* workspace);
 };
 
+// Attention over a row of shared prompts (attention-inl.h), a task at a time; by DType, none for
+// float64.
+struct Attention {
+  void (*forward[4])(const AttentionParams&, int64_t block, int64_t key_head, float* workspace);
+  // Blocks [first, last) are one group.
+  void (*backward[4])(const AttentionParams&, int64_t first, int64_t last, int64_t key_head,
+                      float* workspace);
+  // Floats of a workspace, for blocks of so many keys and groups of so many tokens.
+  int64_t (*forward_size)(int64_t keys, int64_t width);
+  int64_t (*backward_size)(int64_t keys, int64_t tokens, int64_t width);
+};
+
 struct Kernels {
   const char* name;                // "generic", "avx2", "avx512", "avx512_bf16", "amx"
   ForwardRow forward[4];           // by DType
@@ -46,6 +58,7 @@ struct Kernels {
   BackwardRow narrow_backward[4];  // by DType of the gradient, a half one, of float32 logits
   StatisticsOfRow statistics[2];   // by DType: float64, float32
   Gemm gemm;
+  Attention attention;
 };
 
 extern const Kernels kGenericKernels;

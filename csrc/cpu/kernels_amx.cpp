@@ -17,6 +17,8 @@ namespace amx_table {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/statistics-inl.h"
 //
 #include "cpu/amx_panels-inl.h"
@@ -35,6 +37,7 @@ const Kernels kAmxKernels = {
      amx_table::backward_row<float, Float16>},
     {scalar_statistics_of_row, amx_table::statistics_of_row},
     amx_table::amx::gemm(),
+    amx_table::attention(),
 };
 
 }  // namespace pyfast_dpo::cpu

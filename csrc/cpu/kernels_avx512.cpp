@@ -17,6 +17,8 @@ namespace avx512 {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/statistics-inl.h"
 }  // namespace avx512
 }  // namespace
@@ -30,6 +32,7 @@ const Kernels kAvx512Kernels = {
     {nullptr, nullptr, avx512::backward_row<float, BFloat16>, avx512::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx512::statistics_of_row},
     avx512::gemm<avx512::Singles>(),
+    avx512::attention(),
 };
 
 }  // namespace pyfast_dpo::cpu

@@ -17,6 +17,8 @@ namespace avx512_bf16 {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/statistics-inl.h"
 //
 #include "cpu/gemm_bf16-inl.h"
@@ -33,6 +35,7 @@ const Kernels kAvx512Bf16Kernels = {
      avx512_bf16::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx512_bf16::statistics_of_row},
     avx512_bf16::gemm<avx512_bf16::Pairs>(),
+    avx512_bf16::attention(),
 };
 
 }  // namespace pyfast_dpo::cpu

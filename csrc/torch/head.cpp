@@ -7,21 +7,15 @@
 #include <unistd.h>
 #endif
 
-#include <atomic>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "torch/checks.h"
 #include "torch/cpu_driver.h"
+#include "torch/workspace.h"
 
 namespace pyfast_dpo {
 namespace {
-
-Tensor new_floats(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Float);
-}
-
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // Parts of the vocabulary with sums of their own in head_grad_rows: a fixed number, so that results
 // do not depend on the number of threads.
@@ -30,18 +24,6 @@ constexpr int64_t kSlices = 8;
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs task(index, workspace) for every index, each thread with `floats_each` floats of its own.
-template <class Task>
-void with_workspace(const Tensor& like, int64_t tasks, int64_t floats_each, const Task& task) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const Tensor workspace = new_floats(like, threads * floats_each);
-  std::atomic<int64_t> next_workspace{0}, next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    float* own = floats(workspace) + next_workspace++ * floats_each;
-    for (int64_t i = next++; i < tasks; i = next++) task(i, own);
-  });
-}
 
 // Maps memory that is about to be written, where it is fresh: one call, instead of a fault for
 // every page, takes two thirds of the time. Where it is not, or cannot be mapped so, nothing

@@ -49,6 +49,18 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "head_grad_weight_(Tensor(a!) out, Tensor gradient, Tensor rows, bool accumulate, "
       "Tensor? total) -> ()");
 
+  // Attention over a row of shared prompts, on the CPU: query [T, heads, D], key and value [T, key
+  // heads, D] -> output [T, heads, D], log_sums [heads, T] float32. blocks [B, 4] int64 on the CPU:
+  // first query, queries, first and number of the prompt's keys before theirs.
+  m.def(
+      "shared_prompt_attention(Tensor query, Tensor key, Tensor value, Tensor blocks, float scale, "
+      "int window) -> (Tensor output, Tensor log_sums)");
+  m.def(
+      "shared_prompt_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor "
+      "value, "
+      "Tensor output, Tensor log_sums, Tensor blocks, float scale, int window) -> (Tensor "
+      "grad_query, Tensor grad_key, Tensor grad_value)");
+
   // log-probs, lengths, margins [P] and shift [1], stat -> losses, chosen_rewards,
   // rejected_rewards [P]
   m.def(

@@ -48,6 +48,7 @@ class SharedPromptLayout:
     groups: tuple[Group, ...]
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _sequences: dict[torch.device, Sequences] = field(default_factory=dict, init=False, repr=False)
+    _blocks: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -84,6 +85,21 @@ class SharedPromptLayout:
             zeros = torch.zeros(queries, keys, dtype=dtype, device=device)
             self._masks[key] = zeros.masked_fill(hidden, -torch.inf)
         return self._masks[key]
+
+    def blocks(self) -> Tensor:
+        """`[B, 4]` int64 on the CPU, of every block that is not empty: its first token, its tokens, the first
+        token of the prompt that it sees beside itself, and that prompt's tokens. Kept, like the masks."""
+        if not self._blocks:
+            rows = []
+            start = 0
+            for group in self.groups:
+                prompt = start
+                for number, size in enumerate(group.blocks()):
+                    if size > 0:
+                        rows.append((start, size, prompt, group.prompt if number > 0 else 0))
+                    start += size
+            self._blocks.append(torch.tensor(rows, dtype=torch.int64).view(-1, 4))
+        return self._blocks[0]
 
     def sequences(self, device: torch.device) -> Sequences:
         """Kept as long as the batch, like the masks: every layer asks for the same."""

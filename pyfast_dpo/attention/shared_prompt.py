@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfast_dpo.attention import cpu, varlen
 from pyfast_dpo.attention.blocks import Scores, attend_by_blocks
 from pyfast_dpo.attention.layout import SharedPromptLayout
-from pyfast_dpo.attention.varlen import attend_at_once, takes
 
 PREFIX = "shared_prompt_over_"  # then the implementation that serves every call without a layout
 
@@ -90,7 +90,12 @@ def shared_prompt_attention(
             f"got {list(query.shape)}"
         )
     scores = Scores(scaling, dropout, sliding_window, softcap)
-    attend = attend_at_once if takes(query, key, scores) else attend_by_blocks
+    if cpu.takes(query, key, value, scores):
+        attend = cpu.attend_on_cpu
+    elif varlen.takes(query, key, scores):
+        attend = varlen.attend_at_once
+    else:
+        attend = attend_by_blocks
     return attend(query, key, value, shared_prompt_layout, scores), None
 
 
