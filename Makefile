@@ -60,6 +60,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.peers $(VENV)/.demo-model
 	$(BIN)/python bench/bench_ops.py
 	$(BIN)/python bench/bench_linear.py
+	$(BIN)/python bench/bench_attention.py
 	$(BIN)/python bench/bench_libs.py
 	$(BIN)/python bench/bench_train.py
 

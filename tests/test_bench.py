@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 TRL = "TRL selective_log_softmax"
@@ -145,3 +146,26 @@ def test_operations_in_registers_take_time_in_proportion(monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(RuntimeError, match="/bin/false failed"):
         load_peak("float32", 1)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_attention_is_measured_and_its_scores_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_attention
+
+    layout = bench_attention.layout_of([(3, 2, 4), (0, 1, 2), (5, 0, 0)])
+    seen = 0  # by the masks that torch's attention gets
+    for group in layout.groups:
+        for number, own in enumerate(group.blocks()):
+            keys = own + (group.prompt if number else 0)
+            mask = layout.mask(own, keys, None, torch.float32, torch.device("cpu"))
+            seen += int((mask == 0).sum())
+    assert bench_attention.scores_of(layout) == seen
+
+    monkeypatch.setattr(bench_attention, "CASES", bench_attention.CASES[:1])
+    bench_attention.main(["--rounds", "2", "--out", str(tmp_path)])
+    (case,) = json.loads((tmp_path / "bench_attention.json").read_text())["cases"]
+    ratios = {entry["contender"]: entry["over_ours"]["median"] for entry in case["times"]}
+    assert len(ratios) == 4 and ratios["ours"] == 1.0 and min(ratios.values()) > 0

@@ -9,7 +9,7 @@ pytest.importorskip("datasets")
 
 import datasets
 import trl
-from tiny_models import make_model, make_pairs, make_tokenizer
+from tiny_models import make_experts, make_model, make_pairs, make_tokenizer
 
 from pyfast_dpo import trainers
 
@@ -20,9 +20,9 @@ APART = {
 }  # fmt: skip
 
 
-def quick_start(library, kind, tmp_path, rows, **options):
+def quick_start(library, kind, tmp_path, rows, model=make_model, **options):
     """TRL's quick start, but for the tiny model."""
-    make_model().save_pretrained(tmp_path / "model")
+    model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     config = getattr(library, f"{kind}Config")(
         output_dir=str(tmp_path), max_length=32, max_steps=10,
@@ -54,6 +54,10 @@ def unpaired(rows):
         ("DPO", {"gradient_accumulation_steps": 2}),
         ("DPO", {"precompute_ref_log_probs": True}),
         ("DPO", {"gradient_checkpointing": False, "beta": 0.5}),
+        # Both add what balances the experts, over prompts as often as sequences have them.
+        ("DPO", {"model": make_experts}),
+        ("DPO", {"model": make_experts, "router_aux_loss_coef": 2.0}),
+        ("DPO", {"model": make_experts, "router_aux_loss_coef": 0.0}),
     ],
 )
 def test_the_same_script_gives_the_same_training(tmp_path, monkeypatch, kind, options):
@@ -71,11 +75,14 @@ def test_the_same_script_gives_the_same_training(tmp_path, monkeypatch, kind, op
     )
 
 
-def test_the_same_kto_script_gives_the_same_training(tmp_path):
+@pytest.mark.parametrize("model", [make_model, make_experts])
+def test_the_same_kto_script_gives_the_same_training(tmp_path, model):
     # TRL takes the mismatched completion from the row before in the same batch, so it cannot shuffle; ours is
     # that of the next row with another prompt, fixed over the whole data. In a batch of two they are one.
     rows = unpaired(make_pairs(2))
-    options = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2}
+    options = {
+        "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "model": model,
+    }  # fmt: skip
     theirs = quick_start(trl, "KTO", tmp_path / "trl", rows, **options)
     ours = quick_start(trainers, "KTO", tmp_path / "ours", rows, **options)
     _compare("KTO", ours, theirs, set())

@@ -6,7 +6,13 @@ import string
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end> {% endfor %}"
@@ -44,6 +50,28 @@ def make_model(seed: int = 0, attention_dropout: float = 0.0) -> LlamaForCausalL
         pad_token_id=1,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def make_experts(coefficient: float = 0.5) -> Qwen2MoeForCausalLM:
+    """Routers that prefer some experts, so that there is something to balance."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=len(SPECIAL) + 27,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=coefficient,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return Qwen2MoeForCausalLM(config).eval()
 
 
 def make_pairs(count: int = 16) -> list[dict[str, str]]:

@@ -159,6 +159,15 @@ class SharedPromptRow:
     index: Tensor  # [R] int64: the position whose hidden state scores each scored token
     targets: Tensor  # [R] int64: the scored tokens, one sequence after the other
     lengths: tuple[int, ...]  # scored tokens of every sequence
+    sequences: tuple[tuple[slice, slice], ...]  # prompt and response of every sequence
+
+    def uses(self, first: int, last: int) -> Tensor:
+        """`[T]` float32: of how many of the sequences [first, last) every token is."""
+        counts = np.zeros(len(self.tokens), dtype=np.float32)
+        for parts in self.sequences[first:last]:
+            for part in parts:
+                counts[part] += 1
+        return torch.from_numpy(counts)
 
 
 def pack_row(prompts: Sequence[Any], responses: Sequence[Any]) -> SharedPromptRow:
@@ -183,6 +192,7 @@ def pack_row(prompts: Sequence[Any], responses: Sequence[Any]) -> SharedPromptRo
     start = 0
     pieces, shapes = [], []
     places: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}
+    parts: dict[tuple[bytes, bytes], tuple[slice, slice]] = {}
     for prompt_key, (prompt, answers) in groups.items():
         pieces.append(prompt)
         prompt_end = start + len(prompt)
@@ -194,6 +204,8 @@ def pack_row(prompts: Sequence[Any], responses: Sequence[Any]) -> SharedPromptRo
                 index[0] = prompt_end - 1
             first = 0 if len(prompt) else 1
             places[prompt_key, response_key] = index[first:], response[first:]
+            own = slice(begin, begin + len(response))
+            parts[prompt_key, response_key] = slice(start, prompt_end), own
             begin += len(response)
         shapes.append(Group(len(prompt), tuple(len(r) for r in answers.values())))
         start = begin
@@ -209,4 +221,5 @@ def pack_row(prompts: Sequence[Any], responses: Sequence[Any]) -> SharedPromptRo
         joined([index for index, _ in scored]),
         joined([targets for _, targets in scored]),
         tuple(len(index) for index, _ in scored),
+        tuple(parts[key] for key in keys),
     )

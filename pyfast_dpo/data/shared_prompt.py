@@ -22,6 +22,7 @@ class SharedPromptCollatorForPreference:
     Returns (from a call with a list of P examples `{"prompt_ids", "chosen_ids", "rejected_ids"}`):
         `sequence_tokens`: int64 `[P]`, tokens of the two sequences of an example, prompts counted in both.
         `input_ids`, `position_ids`: int64 `[1, T]`; `shared_prompt_layout`: for the attention function.
+        `token_uses`: float32 `[1, T]`, how many sequences every token belongs to.
         `completion_rows`: a `pyfast_dpo.CompletionRows`, where the scored tokens of the 2P sequences are,
         chosen ones first.
         `ref_chosen_logps`, `ref_rejected_logps`: float32 `[P]`, if the examples have them.
@@ -48,7 +49,7 @@ class SharedPromptCollatorForPreference:
         ]
         return {
             "sequence_tokens": torch.tensor(tokens),
-            **_row(row),
+            **_row(row, len(row.lengths)),
             "completion_rows": _scored(row, 0, len(row.lengths)),
             **reference_values(examples),
         }
@@ -64,7 +65,7 @@ class SharedPromptCollatorForUnpairedPreference:
 
     Returns (from a call with a list of N examples of `prepare_unpaired`): as
         `SharedPromptCollatorForPreference` for N sequences; `KL_completion_rows` for the N mismatched ones, in
-        the same row; `label`, bool `[N]`; `ref_logps`, `ref_KL_logps`, if the examples have them.
+        the same row, which `token_uses` does not count; `label`, bool `[N]`; `ref_logps`, `ref_KL_logps`, if the examples have them.
     """
 
     max_length: int | None = None
@@ -83,7 +84,7 @@ class SharedPromptCollatorForUnpairedPreference:
         kl_rows = {"KL_completion_rows": _scored(row, count, 2 * count)} if self.mismatched else {}
         return {
             "sequence_tokens": torch.tensor(tokens),
-            **_row(row),
+            **_row(row, count),
             "completion_rows": _scored(row, 0, count),
             **kl_rows,
             "label": torch.tensor([example["label"] for example in examples], dtype=torch.bool),
@@ -91,11 +92,12 @@ class SharedPromptCollatorForUnpairedPreference:
         }
 
 
-def _row(row: SharedPromptRow) -> Batch:
+def _row(row: SharedPromptRow, count: int) -> Batch:
     return {
         "input_ids": row.tokens.unsqueeze(0),
         "position_ids": row.layout.positions().unsqueeze(0),
         "shared_prompt_layout": row.layout,
+        "token_uses": row.uses(0, count).unsqueeze(0),
     }
 
 

@@ -23,6 +23,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
+from pyfast_dpo.integrations.transformers import causal_lm_of
+from pyfast_dpo.trainers.balancing import balancing_of
 from pyfast_dpo.trainers.callbacks import LikelihoodDisplacement, SyncReferenceModel
 from pyfast_dpo.trainers.config import PreferenceConfig
 from pyfast_dpo.trainers.layout import EXAMPLES, Collator, choose_ways, prepare_reference
@@ -94,6 +96,7 @@ class PreferenceTrainer(Trainer):
                 f"{name}: model must be a causal language model of transformers with an lm_head, "
                 f"got {type(model).__name__}"
             )
+        self._balancing = balancing_of(name, causal_lm_of(model), args.router_aux_loss_coef)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(cast(Any, model).config._name_or_path)
         self.processing_class = processing_class
@@ -318,10 +321,34 @@ class PreferenceTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _project(
-        self, model: nn.Module, inputs: dict[str, Any], project: Callable[..., Any]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        project: Callable[..., Any],
+        **options: Any,
     ) -> Any:
         """What `project` makes of the model's projection of a batch (`trainers/scoring.py`)."""
-        return model(**model_inputs(inputs), project=project)
+        return model(**model_inputs(inputs), project=project, **options)
+
+    def _project_balanced(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        project: Callable[..., Any],
+        metrics: MetricAverages,
+    ) -> tuple[Any, Tensor | float]:
+        """The same for the policy's loss, and what a mixture of experts adds to it; adds to the metrics."""
+        balancing = self._balancing
+        if balancing is None:
+            return self._project(model, inputs, project), 0.0
+        result, loss = self._project(
+            model,
+            inputs,
+            lambda projection: (project(projection), balancing.loss(projection, inputs)),
+            output_router_logits=True,
+        )
+        metrics.add("aux_loss", loss, 1)
+        return result, balancing.coefficient * loss
 
     def prediction_step(
         self,

@@ -37,6 +37,8 @@ class PreferenceConfig(TrainingArguments):
             batches give each of theirs less weight.
         pad_to_multiple_of: round the padded length of a batch up to a multiple of this; for padded batches.
         disable_dropout: set every dropout probability of the policy to 0.
+        router_aux_loss_coef: weight of the loss that balances the experts of a mixture of experts; None for
+            the model's own, 0 for none.
         model_init_kwargs: for `from_pretrained`, when the model is given by name (its default dtype is
             float32).
         precompute_ref_log_probs: compute the reference's log-probs once, before training, and keep no
@@ -57,6 +59,7 @@ class PreferenceConfig(TrainingArguments):
     max_tokens_per_batch: int | None = None
     pad_to_multiple_of: int | None = None
     disable_dropout: bool = True
+    router_aux_loss_coef: float | None = None
     model_init_kwargs: dict[str, Any] | None = None
     precompute_ref_log_probs: bool = False
     precompute_ref_batch_size: int | None = None
@@ -76,6 +79,8 @@ class PreferenceConfig(TrainingArguments):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {option} must be None or positive, got {value}")
+        if self.router_aux_loss_coef is not None:
+            check_weight(name, "router_aux_loss_coef", self.router_aux_loss_coef)
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(
                 f"{name}: ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"

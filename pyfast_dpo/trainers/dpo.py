@@ -137,10 +137,10 @@ class DPOTrainer(PreferenceTrainer):
                 row_weights=row_weights,
             )
 
-        result = self._project(model, inputs, project)
+        result, balancing = self._project_balanced(model, inputs, project, metrics)
         logps = torch.stack(result.logps.chunk(2), dim=1)
         self._add_metrics(metrics, rows, logps, reference, lengths, result.statistics)
-        return result.loss, (logps, reference), lengths
+        return result.loss + balancing, (logps, reference), lengths
 
     def _add_metrics(
         self,

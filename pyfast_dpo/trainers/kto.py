@@ -122,13 +122,15 @@ class KTOTrainer(PreferenceTrainer):
         if kl_inputs is not None:
             with torch.no_grad():
                 kl = self._project(model, kl_inputs, kl_of)
-        kl, result = self._project(model, inputs, lambda p: project(p, kl))
+        (kl, result), balancing = self._project_balanced(
+            model, inputs, lambda p: project(p, kl), metrics
+        )
         if kl is not None:
             metrics.add("kl", kl, 1)
         self._add_metrics(
             metrics, rows, result.logps, reference[:, 0], desirable, result.statistics
         )
-        return result.loss, (result.logps, reference[:, 0]), desirable
+        return result.loss + balancing, (result.logps, reference[:, 0]), desirable
 
     def _add_metrics(
         self,

@@ -26,10 +26,13 @@ from pyfast_dpo.linear import FusedLinearLoss, fused_linear_loss, linear_token_l
 from pyfast_dpo.row_statistics import torch_row_statistics
 
 Batch = Mapping[str, Any]
+RouterLogits = tuple[Tensor, ...]  # of every layer, [tokens, experts]
 
 
 class Projection(Protocol):
     """What a model's call hands to `project`."""
+
+    router_logits: RouterLogits | None
 
     def states(self, rows: CompletionRows) -> Tensor:
         """What the model computed for the scored rows, `[R, ...]`: hidden states or logits."""
@@ -51,8 +54,11 @@ class Projection(Protocol):
 class LinearProjection:
     """From hidden states `[..., H]` and the head, in chunks of the scored rows."""
 
-    def __init__(self, hidden: Tensor, head: Head) -> None:
+    def __init__(
+        self, hidden: Tensor, head: Head, router_logits: RouterLogits | None = None
+    ) -> None:
         self._hidden, self._weight = hidden, head.weight
+        self.router_logits = router_logits
         self._options: dict[str, Any] = {
             "bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap,
         }  # fmt: skip
@@ -80,8 +86,9 @@ class LinearProjection:
 class LogitsProjection:
     """From the logits `[..., V]` that the model itself has made, whatever its head does."""
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, logits: Tensor, router_logits: RouterLogits | None = None) -> None:
         self._logits = logits.flatten(0, -2)
+        self.router_logits = router_logits
 
     def states(self, rows: CompletionRows) -> Tensor:
         return self._logits[rows.index]
@@ -134,11 +141,13 @@ def _forward(
 
 def _from_hidden(model: Any, *args: Any, **kwargs: Any) -> Projection:
     given = {name: value for name, value in kwargs.items() if value is not None}  # no labels=None
-    return LinearProjection(model.base_model(*args, **given)[0], head_of(model))
+    outputs = model.base_model(*args, **given)
+    return LinearProjection(outputs[0], head_of(model), getattr(outputs, "router_logits", None))
 
 
 def _from_logits(model: Any, *args: Any, **kwargs: Any) -> Projection:
-    return LogitsProjection(model._forward_without_projection(*args, **kwargs).logits)
+    outputs = model._forward_without_projection(*args, **kwargs)
+    return LogitsProjection(outputs.logits, getattr(outputs, "router_logits", None))
 
 
 # --- batches ----------------------------------------------------------------------------------------
