@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
+from pyfast_dpo.trainers.activations import KeptActivations
 from pyfast_dpo.trainers.callbacks import LikelihoodDisplacement, SyncReferenceModel
 from pyfast_dpo.trainers.config import PreferenceConfig
 from pyfast_dpo.trainers.layout import EXAMPLES, Collator, choose_ways, prepare_reference
@@ -40,7 +41,10 @@ Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a 
 
 
 class PreferenceTrainer(Trainer):
-    """Base of `DPOTrainer` and `KTOTrainer`, which define the data preparation and the loss."""
+    """Base of `DPOTrainer` and `KTOTrainer`, which define the data preparation and the loss.
+
+    `kept_activations` tells how many layers keep their activations; None if `gradient_checkpointing` was given.
+    """
 
     config_class: ClassVar[type[PreferenceConfig]]
     signature_columns: ClassVar[tuple[str, ...]]
@@ -165,6 +169,10 @@ class PreferenceTrainer(Trainer):
                 )
             )
         self.add_callback(LikelihoodDisplacement(args.beta))
+        self.kept_activations: KeptActivations | None = None
+        if args.checkpointing_as_needed:
+            self.kept_activations = KeptActivations(args.max_activation_bytes)
+            self.add_callback(self.kept_activations)
 
     # What a loss defines ------------------------------------------------------------------------------
 
