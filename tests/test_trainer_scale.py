@@ -19,6 +19,7 @@ from test_trainers import LN2, config, dpo_trainer, train_log
 from tiny_models import Stream, make_model, make_pairs, make_tokenizer
 
 from pyfast_dpo.trainers import KTOConfig, KTOTrainer
+from pyfast_dpo.trainers.activations import KeptActivations
 
 TESTS = Path(__file__).parent
 
@@ -143,7 +144,11 @@ def launch(folder, script, arguments, processes):
 
 
 def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(tmp_path, tokenizer):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    # The resumed run measures its layers anew, and keeps other ones than the whole run at the same step.
+    options = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2,
+        "gradient_checkpointing": None,
+    }  # fmt: skip
     killed = run(tmp_path / "killed", options, kill_at=5)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert (tmp_path / "killed" / "checkpoint-4").exists()
@@ -166,7 +171,10 @@ def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(tmp_path, tokenize
 
 
 def test_two_processes_train_as_one(tmp_path, tokenizer):
-    options = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    options = {
+        "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
+        "gradient_checkpointing": None,
+    }  # fmt: skip
     done = run(tmp_path, options, processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     log = json.loads((tmp_path / "log.json").read_text())
@@ -193,20 +201,31 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer
 
 trainer = DPOTrainer(
-    make_model(), make_model(seed=1), config(DPOConfig, sys.argv[2]), train_dataset=make_pairs(8),
-    processing_class=make_tokenizer(),
+    make_model(), make_model(seed=1), config(DPOConfig, sys.argv[2], gradient_checkpointing=None),
+    train_dataset=make_pairs(8), processing_class=make_tokenizer(),
 )
-model = trainer.model
+model = trainer.model.train()
+getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+kept = trainer.kept_activations
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
 assert isinstance(model, FSDPModule)
-examples = trainer.train_dataset.examples[dist.get_rank()::2]
-trainer.compute_loss(model, trainer.data_collator(examples)).backward()
-gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+kept.on_train_begin(trainer.args, None, None, model=model)
+batch = trainer.data_collator(trainer.train_dataset.examples[dist.get_rank()::2])
+passes = []
+for layers_kept in (1, 2):  # the first step measures one layer
+    trainer.compute_loss(model, batch).backward()
+    passes.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})
+    model.zero_grad()
+    assert kept.layers_kept == layers_kept
+    if kept.budget is None:
+        kept.on_step_end(trainer.args, None, None, model=model)
+        assert kept.budget == sum(p.to_local().nbytes for p in model.parameters())
+        kept.budget = 1 << 40  # the weights of so small a model do not pay for a layer
 if dist.get_rank() == 0:
-    torch.save(gradients, sys.argv[2] + "/gradients.pt")
+    torch.save((passes, kept.bytes_per_token), sys.argv[2] + "/gradients.pt")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -215,14 +234,25 @@ dist.destroy_process_group()
 def test_gradients_of_a_sharded_model_are_those_of_the_whole(tmp_path, tokenizer):
     done = launch(tmp_path, SHARDED, [str(tmp_path)], processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
-    sharded = torch.load(tmp_path / "gradients.pt")
+    passes, bytes_per_token = torch.load(tmp_path / "gradients.pt")
     trainer = dpo_trainer(
         tmp_path, tokenizer, make_model(), ref_model=make_model(seed=1), rows=make_pairs(8)
     )
     batch = trainer.data_collator(trainer.train_dataset.examples)
     trainer.compute_loss(trainer.model, batch).backward()
     for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(sharded[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        for sharded in passes:
+            torch.testing.assert_close(
+                sharded[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name
+            )
+
+    # Weights that were gathered for a layer are not its activations: the measure is that of a whole model.
+    model = trainer.model.train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    kept = KeptActivations(None)
+    kept.on_train_begin(trainer.args, None, None, model=model)
+    trainer.compute_loss(model, trainer.data_collator(trainer.train_dataset.examples[::2]))
+    assert bytes_per_token == kept.bytes_per_token > 0
 
 
 ALLOCATION = [

@@ -35,13 +35,13 @@ def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(seed: int = 0, attention_dropout: float = 0.0) -> LlamaForCausalLM:
+def make_model(seed: int = 0, attention_dropout: float = 0.0, layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + 27,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

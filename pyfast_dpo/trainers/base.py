@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
 from pyfast_dpo.integrations.transformers import causal_lm_of
+from pyfast_dpo.trainers.activations import KeptActivations
 from pyfast_dpo.trainers.balancing import balancing_of
 from pyfast_dpo.trainers.callbacks import LikelihoodDisplacement, SyncReferenceModel
 from pyfast_dpo.trainers.config import PreferenceConfig
@@ -42,7 +43,10 @@ Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a 
 
 
 class PreferenceTrainer(Trainer):
-    """Base of `DPOTrainer` and `KTOTrainer`, which define the data preparation and the loss."""
+    """Base of `DPOTrainer` and `KTOTrainer`, which define the data preparation and the loss.
+
+    `kept_activations` tells how many layers keep their activations; None if `gradient_checkpointing` was given.
+    """
 
     config_class: ClassVar[type[PreferenceConfig]]
     signature_columns: ClassVar[tuple[str, ...]]
@@ -168,6 +172,10 @@ class PreferenceTrainer(Trainer):
                 )
             )
         self.add_callback(LikelihoodDisplacement(args.beta))
+        self.kept_activations: KeptActivations | None = None
+        if args.checkpointing_as_needed:
+            self.kept_activations = KeptActivations(args.max_activation_bytes)
+            self.add_callback(self.kept_activations)
 
     # What a loss defines ------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,8 +21,15 @@ class PreferenceConfig(TrainingArguments):
 
     Args:
         learning_rate, logging_steps: as in `TrainingArguments`, with the defaults 1e-6 and 10.
-        gradient_checkpointing: by default on. `transformers` calls it `activation_checkpointing` from 5.23
-            on; both names work.
+        gradient_checkpointing: by default as far as memory needs it: the last layers keep their activations
+            for the backward pass as `max_activation_bytes` says, the others are computed again. True: every
+            layer is computed again. False: none. `transformers` calls it `activation_checkpointing` from
+            5.23 on; both names work.
+        max_activation_bytes: >= 0, the bytes of activations, on each device, that the layers may keep, from
+            the second step on; the first keeps and measures one layer, unless this is 0. None: as many as
+            the model's weights take on the device, at most half of what is free after the first step. Not
+            together with `gradient_checkpointing`. Compiled models and DeepSpeed recompute every layer.
+        checkpointing_as_needed: no option, but whether `gradient_checkpointing` was left at its default.
         bf16: by default on where a CUDA device supports it, unless `fp16` is set.
         logging_nan_inf_filter: off by default, so that a loss that is not finite is seen in the log.
         beta: > 0, strength of the pull to the reference.
@@ -51,6 +58,8 @@ class PreferenceConfig(TrainingArguments):
     learning_rate: float = 1e-6
     logging_steps: float = 10
     gradient_checkpointing: bool | None = None
+    max_activation_bytes: int | None = None
+    checkpointing_as_needed: bool = field(init=False, default=False)
     bf16: bool | None = None  # type: ignore[assignment]
     logging_nan_inf_filter: bool = False
     beta: float = 0.1
@@ -81,6 +90,10 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(f"{name}: {option} must be None or positive, got {value}")
         if self.router_aux_loss_coef is not None:
             check_weight(name, "router_aux_loss_coef", self.router_aux_loss_coef)
+        if self.max_activation_bytes is not None and self.max_activation_bytes < 0:
+            raise ValueError(
+                f"{name}: max_activation_bytes must be None or not negative, got {self.max_activation_bytes}"
+            )
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(
                 f"{name}: ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
@@ -102,11 +115,19 @@ class PreferenceConfig(TrainingArguments):
         if self.bf16 is None:
             cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
-        checkpointing = self.gradient_checkpointing is not False
-        if not hasattr(self, "activation_checkpointing"):
-            self.gradient_checkpointing = checkpointing
-        elif self.activation_checkpointing is None:
-            self.activation_checkpointing = checkpointing
+        option = "gradient_checkpointing"
+        if hasattr(self, "activation_checkpointing"):
+            option = "activation_checkpointing"
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+        given = getattr(self, option)
+        if given is not None and self.max_activation_bytes is not None:
+            raise ValueError(
+                f"{name}: max_activation_bytes says how far {option} goes, which must then be None, "
+                f"got {self.max_activation_bytes} with {given}"
+            )
+        self.checkpointing_as_needed = given is None
+        setattr(self, option, given is not False)
         if self.accelerator_config is None:
             # Rows of shared prompts cannot be cut among processes, so each collates its own batches.
             self.accelerator_config = {"dispatch_batches": False}
