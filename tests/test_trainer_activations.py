@@ -144,11 +144,11 @@ def test_a_budget_keeps_as_many_of_the_last_layers_as_it_pays_for(
 
 
 DEFAULT = [
-    (HUGE, lambda weights, layer: weights // layer, "by the weights"),
+    (HUGE, lambda weights, layer: weights // layer, "by the gradients"),
     (
         3.9,
         lambda weights, layer: 1,
-        "by half of what is free: 1.95 layers, where the weights pay for 2",
+        "by half of what is free: 1.95 layers, where the gradients pay for 2",
     ),
     (0, lambda weights, layer: 0, "nothing is free"),
 ]
@@ -157,7 +157,7 @@ DEFAULT = [
 @pytest.mark.parametrize(
     "free, kept", [row[:2] for row in DEFAULT], ids=[row[2] for row in DEFAULT]
 )
-def test_without_a_number_the_budget_is_the_weights_or_half_of_what_is_free(
+def test_without_a_number_the_budget_is_the_gradients_or_half_of_what_is_free(
     tmp_path, tokenizer, monkeypatch, free, kept
 ):
     trainer = trainer_of(tmp_path, tokenizer, per_device_train_batch_size=4)
@@ -166,6 +166,17 @@ def test_without_a_number_the_budget_is_the_weights_or_half_of_what_is_free(
     trainer.train()
     assert weights // layer_bytes(trainer) == 2  # so that the rows differ
     assert trainer.kept_activations.layers_kept == kept(weights, layer_bytes(trainer))
+
+
+def test_where_few_weights_are_trained_the_budget_is_half_of_all(monkeypatch):
+    monkeypatch.setattr(activations, "_free_bytes", lambda device: HUGE)
+    model = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+    half = 2 * (64 + 8) * 4 // 2
+    assert activations._default_budget(model) == 2 * half
+    model[0].weight.requires_grad_(False)
+    assert activations._default_budget(model) == 2 * half - 64 * 4
+    model.requires_grad_(False)
+    assert activations._default_budget(model) == half
 
 
 def test_free_memory_is_that_of_the_machine():

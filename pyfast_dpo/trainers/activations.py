@@ -24,8 +24,9 @@ class KeptActivations(TrainerCallback):
     free is known.
 
     Args:
-        max_bytes: the budget, >= 0; with 0 no layer is kept, in the first step neither. None: the bytes of
-            the model's weights on this device, at most half of what is free after the first step.
+        max_bytes: the budget, >= 0; with 0 no layer is kept, in the first step neither. None: those of
+            the gradients on this device, or of half of the weights if that is more, and at most half of
+            what is free after the first step.
 
     Attributes:
         layers_kept: in the last forward pass.
@@ -139,10 +140,12 @@ def _layers(module: nn.Module) -> Iterator[Any]:
 
 
 def _default_budget(model: nn.Module) -> int:
-    """Gradients do not exist yet while activations peak: as many bytes as the weights have cost nothing in a
-    full fine-tuning."""
-    weights = [_local(parameter) for parameter in model.parameters()]
-    return min(sum(each.nbytes for each in weights), _free_bytes(weights[0].device) // 2)
+    """The bytes of the gradients, which do not exist yet while activations peak; where few weights are
+    trained, half of the bytes of all."""
+    weights = [(_local(p).nbytes, p.requires_grad) for p in model.parameters()]
+    gradients = sum(size for size, trained in weights if trained)
+    wanted = max(gradients, sum(size for size, _ in weights) // 2)
+    return min(wanted, _free_bytes(next(model.parameters()).device) // 2)
 
 
 def _free_bytes(device: torch.device) -> int:
