@@ -15,6 +15,7 @@ from test_trainers import LN2, config, dpo_trainer, lora, train_log
 from tiny_models import Stream, make_model, make_pairs, make_tokenizer
 
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from pyfast_dpo.trainers import base as base_module
 from pyfast_dpo.trainers import reference as reference_module
 
 
@@ -178,3 +179,54 @@ def test_a_reference_that_cannot_be(tmp_path, tokenizer):
         DPOTrainer(
             torch.nn.Linear(2, 2), args=config(DPOConfig, tmp_path), processing_class=tokenizer
         )
+
+
+@pytest.mark.parametrize(
+    "options, given, narrow",
+    [
+        ({"bf16": True}, False, True),
+        ({}, False, False),
+        ({"bf16": True}, True, False),  # somebody else's model stays as it is
+        (
+            {"bf16": True, "sync_ref_model": True},
+            False,
+            False,
+        ),  # small moves need the float32 digits
+    ],
+    ids=str,
+)
+def test_a_copy_keeps_what_autocast_would_cast_in_half_the_memory(
+    tmp_path, tokenizer, monkeypatch, options, given, narrow
+):
+    def run():
+        model = make_model()
+        trainer = dpo_trainer(
+            tmp_path, tokenizer, model, ref_model=copy.deepcopy(model) if given else None,
+            learning_rate=1e-2, **options,
+        )  # fmt: skip
+        log = train_log(trainer)
+        return trainer.accelerator.unwrap_model(trainer.ref_model), log
+
+    reference, log = run()
+    dtypes = {name: parameter.dtype for name, parameter in reference.named_parameters()}
+    halves = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert halves == {n for n in dtypes if narrow and n.endswith("_proj.weight")}
+    assert len(halves) == (14 if narrow else 0), "7 a layer; not embeddings, norms and lm_head"
+
+    monkeypatch.setattr(base_module, "narrow_linear_layers", lambda *_: None)
+    _, plain = run()
+    for entry, expected in zip(log, plain, strict=True):
+        for name in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected"):
+            assert entry[name] == expected[name], "the same bits"
+
+
+def test_a_weight_that_another_module_shares_is_not_narrowed():
+    model = make_model()
+    layers = model.model.layers
+    model.extra = torch.nn.Bilinear(1, 1, 1)
+    model.extra.weight = layers[0].self_attn.q_proj.weight
+    layers[1].mlp.up_proj.weight = layers[1].mlp.gate_proj.weight  # both linear: still one
+    reference_module.narrow_linear_layers(model, torch.bfloat16)
+    assert layers[0].self_attn.q_proj.weight.dtype == torch.float32
+    assert layers[1].mlp.up_proj.weight is layers[1].mlp.gate_proj.weight
+    assert layers[1].mlp.up_proj.weight.dtype == torch.bfloat16

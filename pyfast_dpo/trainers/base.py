@@ -33,6 +33,7 @@ from pyfast_dpo.trainers.metrics import MetricAverages
 from pyfast_dpo.trainers.reference import (
     as_reference,
     computed_once,
+    narrow_linear_layers,
     reference_key,
     with_reference,
 )
@@ -107,6 +108,7 @@ class PreferenceTrainer(Trainer):
 
         # Before the adapter draws its weights, so that a run is the same each time.
         set_seed(args.seed)
+        is_own_copy = ref_model is None
         model, ref_model, self._reference_adapter = with_reference(
             model,
             ref_model,
@@ -154,6 +156,9 @@ class PreferenceTrainer(Trainer):
         self.ref_model = None
         if ref_model is not None:
             prepare_reference(ref_model, ways)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in one dtype
+            if is_own_copy and (args.bf16 or args.fp16) and not (sharded or args.sync_ref_model):
+                narrow_linear_layers(ref_model, torch.bfloat16 if args.bf16 else torch.float16)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         if needs_reference and args.precompute_ref_log_probs:
             self._precompute_reference(train_dataset, "train")

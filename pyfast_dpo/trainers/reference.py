@@ -54,6 +54,19 @@ def with_reference(
     return model, ref_model, reference_adapter
 
 
+def narrow_linear_layers(model: Any, dtype: torch.dtype) -> None:
+    """Keeps the weights of a frozen model's linear layers in the dtype to which autocast casts them in every
+    pass: the same results, half the memory. Not those of the lm_head, nor any that a module of another kind
+    shares."""
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
+    others = [m for m in model.modules() if type(m) is not nn.Linear or m is head]
+    shared = {id(p) for module in others for p in module.parameters(recurse=False)}
+    for parameter in (p for module in linear for p in module.parameters()):
+        if id(parameter) not in shared and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability to 0: of `nn.Dropout` modules and of attributes such as
     `attention_dropout`, which attention functions read."""
