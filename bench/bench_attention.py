@@ -25,10 +25,12 @@ from pyfast_dpo.attention.blocks import Scores, attend_by_blocks
 from pyfast_dpo.attention.cpu import attend_on_cpu
 from pyfast_dpo.attention.layout import Group, SharedPromptLayout
 
-OURS = "ours"
+OURS, FLOOR = "ours", "registers alone"
 PLAIN = Scores(None, 0.0, None, None)
 # Products a score takes part in: scores, outputs; and backward scores again, their gradient, three gradients.
 PRODUCTS = 7
+# Of the floor at a time: its threads begin beside those of torch, which spin for milliseconds after their work.
+REPEATS = 20
 
 
 class Case(NamedTuple):
@@ -96,7 +98,7 @@ def contenders(case: Case) -> dict[str, Prepare]:
             lambda *qkv: attend_by_blocks(*qkv, layout, PLAIN), 1, layout.tokens
         ),
         "torch, padded rows": prepare(padded_attention, len(lengths), padded),
-        "registers alone": lambda: lambda: spend(operations),
+        FLOOR: lambda: lambda: spend(REPEATS * operations),
     }
 
 
@@ -104,6 +106,7 @@ def measure(case: Case, rounds: int, progress: Progress) -> dict[str, Any]:
     others = OtherLoad()
     progress.next(str(case))
     seconds = alternate(contenders(case), rounds, warmup=3, progress=progress.detail)
+    seconds[FLOOR] = [value / REPEATS for value in seconds[FLOOR]]
     return {
         "case": str(case),
         "tokens": TOKENS,
