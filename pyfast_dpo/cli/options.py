@@ -82,7 +82,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--logging_steps", type=positive_int, default=1, help="default: %(default)s")
     add("--seed", type=int, default=42, help="default: %(default)s")
     add("--bf16", action="store_true", help="bfloat16 autocast (default: where CUDA supports it)")
-    add("--gradient_checkpointing", action="store_true", help="recompute instead of memory")
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        default=None,
+        help="recompute every layer (default: those that memory does not hold)",
+    )
 
 
 def positive_int(text: str) -> int:
