@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_linear import QUIET, TOKENS
+from bench_linear import TOKENS
 from common import OtherLoad, Prepare, Work, alternate, environment, ratios, spread
 from peak import load_peak
-from report import Progress, table, write_json
+from report import Progress, noise, table, write_json
 from torch import Tensor
 
 from pyfast_dpo.attention.blocks import Scores, attend_by_blocks
@@ -57,11 +57,9 @@ def layout_of(tokens: list[tuple[int, int, int]]) -> SharedPromptLayout:
 
 def scores_of(layout: SharedPromptLayout) -> int:
     """(query, key) places that a head computes."""
-    count = 0
-    for group in layout.groups:
-        for number, own in enumerate(group.blocks()):
-            count += own * (own + 1) // 2 + (own * group.prompt if number else 0)
-    return count
+    return sum(
+        own * (own + 1) // 2 + own * prompt for _, own, _, prompt in layout.blocks().tolist()
+    )
 
 
 def contenders(case: Case) -> dict[str, Prepare]:
@@ -103,9 +101,10 @@ def contenders(case: Case) -> dict[str, Prepare]:
 
 
 def measure(case: Case, rounds: int, progress: Progress) -> dict[str, Any]:
-    others = OtherLoad()
     progress.next(str(case))
-    seconds = alternate(contenders(case), rounds, warmup=3, progress=progress.detail)
+    attentions = contenders(case)
+    others = OtherLoad()  # after the compiler that contenders() starts
+    seconds = alternate(attentions, rounds, warmup=3, progress=progress.detail)
     seconds[FLOOR] = [value / REPEATS for value in seconds[FLOOR]]
     return {
         "case": str(case),
@@ -131,10 +130,7 @@ def report(result: dict[str, Any]) -> str:
         ]
         for entry in result["times"]
     ]
-    lines = [f"\n{result['case']}"]
-    load = result["load_of_others"]
-    if load is not None and load > QUIET:
-        lines.append(f"Others used {load:.0%} of the CPUs meanwhile: these times are no claim.")
+    lines = [f"\n{result['case']}", *noise(result["load_of_others"])]
     return "\n".join(
         [*lines, table(["attention, forward + backward", "time / ours", "median"], rows)]
     )

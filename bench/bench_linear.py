@@ -32,7 +32,7 @@ from common import (
     start_fork_server,
 )
 from peak import load_peak
-from report import Bar, Progress, draw_bars, load_pyplot, megabytes, table, write_json
+from report import Bar, Progress, draw_bars, load_pyplot, megabytes, noise, table, write_json
 from torch import Tensor
 
 import pyfast_dpo
@@ -43,7 +43,6 @@ BETA = 0.1
 FLOOR = "three torch.mm of the completion rows"
 PEAK = "their operations in registers alone"
 OURS, FROZEN = "ours", "ours, frozen head"
-QUIET = 0.05
 FILE = "bench_linear.json"
 
 
@@ -247,9 +246,7 @@ def report(result: dict[str, Any]) -> str:
         f"\n{result['case']}: {result['completion_rows']} completion rows of {result['padded_rows']} padded, "
         f"float32 gradient of the weight {megabytes(result['weight_gradient_bytes'])}"
     ]
-    load = result["load_of_others"]
-    if load is not None and load > QUIET:
-        lines.append(f"Others used {load:.0%} of the CPUs meanwhile: these times are no claim.")
+    lines += noise(result["load_of_others"])
     rows = []
     for entry in result["times"]:
         memory = result["memory"].get(entry["contender"])

@@ -47,12 +47,14 @@ from contenders import (
     peers_of,
 )
 from report import (
+    QUIET,
     Bar,
     Progress,
     draw_bars,
     figure,
     load_pyplot,
     megabytes,
+    noise,
     table,
     timing,
     timing_table,
@@ -64,7 +66,6 @@ SHAPES = [(1024, 49152), (512, 128256)]  # the tokens of a pair; SmolLM2's and L
 QUICK_SHAPES = [(128, 49152), (64, 128256)]
 FORWARD_TARGETS = {"float32": 0.85, "bfloat16": 0.6}  # of the read bandwidth
 MEMORY_TARGET = 32  # bytes a row, eight float32 numbers
-QUIET = 0.05  # share of the CPUs that others may use before a table says so
 ERROR_ROWS = 64
 ROUNDED = 1e-3  # error of a log-prob from which on the plot says that a peer rounds
 FORWARD_COLOR, BOTH_COLOR = "#7d6ba0", "#b9aed0"
@@ -191,9 +192,7 @@ def measure_errors(case: Case, peers: dict[str, Peer]) -> list[dict[str, Any]]:
 def report(result: dict[str, Any]) -> str:
     """The readable tables of one case."""
     parts = [f"{result['case']}, {megabytes(result['logits_bytes'])} of logits"]
-    load = result["load_of_others"]
-    if load is not None and load > QUIET:
-        parts.append(f"Others used {load:.0%} of the CPUs meanwhile: these times are no claim.")
+    parts += noise(result["load_of_others"])
     parts.append(timing_table("share of the floor", "{:.3f}", result["bandwidth"]))
     parts.append(timing_table("speed-up over", "{:.2f}x", result["peers"]))
     parts.append(memory_table(result))

@@ -38,6 +38,16 @@ class Progress:
         print(erase + line, end=end, file=sys.stderr, flush=True)
 
 
+QUIET = 0.05  # share of the CPUs that others may use before a table says so
+
+
+def noise(load: float | None) -> list[str]:
+    """What a table must say of what others did meanwhile, as lines."""
+    if load is None or load <= QUIET:
+        return []
+    return [f"Others used {load:.0%} of the CPUs meanwhile: these times are no claim."]
+
+
 # --- entries --------------------------------------------------------------------------------------
 
 

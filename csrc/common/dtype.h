@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/macros.h"
+
 namespace pyfast_dpo {
 
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
@@ -33,9 +35,6 @@ inline float widen(float value) { return value; }
 inline float widen(BFloat16 value) {
   return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
 }
-
-// Inlined always: an instruction set's own copy must not become the one for everybody.
-#define PFD_ALWAYS_INLINE inline __attribute__((always_inline))
 
 PFD_ALWAYS_INLINE float widen(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;

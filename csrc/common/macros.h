@@ -6,3 +6,6 @@
 #else
 #define PFD_HD
 #endif
+
+// For what kernels of every instruction set call: one set's copy must not become everybody's.
+#define PFD_ALWAYS_INLINE inline __attribute__((always_inline))

@@ -20,8 +20,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> bool:
         and scores.dropout == 0.0
         and (scores.scaling is None or scores.scaling > 0)
         and key.shape[-1] == value.shape[-1]
-        and all(dtype in DTYPES for dtype in _dtypes(query, key, value))
-        and len(set(_dtypes(query, key, value))) == 1
+        and _dtype(query, key, value) in DTYPES
     )
 
 
@@ -29,7 +28,7 @@ def attend_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scores: Scores
 ) -> Tensor:
     """Query `[1, heads, T, D]`, key and value `[1, key heads, T, D]` -> `[1, T, heads, D]`."""
-    dtype = _dtypes(query, key, value)[0]
+    dtype = _dtype(query, key, value)
     query, key, value = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
     window = layout.tokens if scores.window is None else scores.window
@@ -39,8 +38,9 @@ def attend_on_cpu(
     return output.unsqueeze(0)
 
 
-def _dtypes(*tensors: Tensor) -> tuple[torch.dtype, ...]:
-    """What torch's own attention would compute in."""
+def _dtype(*tensors: Tensor) -> torch.dtype | None:
+    """What torch's own attention would compute in; None where the tensors differ."""
     if torch.is_autocast_enabled("cpu"):
-        return (torch.get_autocast_dtype("cpu"),) * len(tensors)
-    return tuple(tensor.dtype for tensor in tensors)
+        return torch.get_autocast_dtype("cpu")
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -90,14 +90,7 @@ class SharedPromptLayout:
         """`[B, 4]` int64 on the CPU, of every block that is not empty: its first token, its tokens, the first
         token of the prompt that it sees beside itself, and that prompt's tokens. Kept, like the masks."""
         if not self._blocks:
-            rows = []
-            start = 0
-            for group in self.groups:
-                prompt = start
-                for number, size in enumerate(group.blocks()):
-                    if size > 0:
-                        rows.append((start, size, prompt, group.prompt if number > 0 else 0))
-                    start += size
+            rows = [row for _, *row in _blocks_of(self.groups)]
             self._blocks.append(torch.tensor(rows, dtype=torch.int64).view(-1, 4))
         return self._blocks[0]
 
@@ -108,27 +101,34 @@ class SharedPromptLayout:
         return self._sequences[device]
 
 
+def _blocks_of(groups: Sequence[Group]) -> Iterator[tuple[int, int, int, int, int]]:
+    """Of every block that is not empty: its number in its group, its first token, its tokens, the first token
+    of the prompt that it sees beside itself, that prompt's tokens."""
+    start = 0
+    for group in groups:
+        prompt = start
+        for number, size in enumerate(group.blocks()):
+            if size > 0:
+                yield number, start, size, prompt, group.prompt if number > 0 else 0
+            start += size
+
+
 def _sequences_of(groups: Sequence[Group], device: torch.device) -> Sequences:
     keys: list[np.ndarray] = []
     first_places: list[np.ndarray] = []
     repeats: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # by response after the first
     queries, key_counts = [0], [0]
-    start = place = 0  # of the next block in the row; of the next key
-    for group in groups:
-        prompt = np.arange(start, start + group.prompt)
-        for number, size in enumerate(group.blocks()):
-            if size == 0:
-                continue
-            own = np.arange(start, start + size)
-            before = prompt if number > 0 else prompt[:0]
-            if len(before):
-                places = np.arange(place, place + len(before))
-                repeats.setdefault(number, []).append((places, before))
-            keys += [before, own]
-            first_places.append(np.arange(place + len(before), place + len(before) + size))
-            queries.append(size)
-            key_counts.append(len(before) + size)
-            start, place = start + size, place + len(before) + size
+    place = 0  # of the next key
+    for number, start, size, prompt, prompt_tokens in _blocks_of(groups):
+        own, before = np.arange(start, start + size), np.arange(prompt, prompt + prompt_tokens)
+        own_place = place + prompt_tokens
+        if prompt_tokens:
+            repeats.setdefault(number, []).append((np.arange(place, own_place), before))
+        keys += [before, own]
+        first_places.append(np.arange(own_place, own_place + size))
+        queries.append(size)
+        key_counts.append(prompt_tokens + size)
+        place = own_place + size
 
     def joined(arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *arrays])).to(device)
