@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pyfast_dpo.trainers.saved_tensors import SavedTensors, local
+
 
 class KeptActivations(TrainerCallback):
     """Lets as many of the last layers as fit a budget keep their activations for the backward pass; the
@@ -91,12 +93,10 @@ class KeptActivations(TrainerCallback):
         self.layers_kept = self._layers_to_keep(tokens)
         if from_end > self.layers_kept:
             return recompute(forward, *args)
-        if from_end > 1:
-            return forward(*args)
-        measure = _SavedBytes([*inputs, *layer.parameters(), *layer.buffers()])
-        with torch.autograd.graph.saved_tensors_hooks(measure.pack, measure.unpack):
+        saved = SavedTensors([*inputs, *layer.parameters(), *layer.buffers()])
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             output = forward(*args)
-        self.bytes_per_token = max(self.bytes_per_token, -(-measure.total // tokens))
+        self.bytes_per_token = max(self.bytes_per_token, -(-saved.bytes // tokens))
         return output
 
     def _layers_to_keep(self, tokens: int) -> int:
@@ -105,29 +105,6 @@ class KeptActivations(TrainerCallback):
         if self.budget is None or self.bytes_per_token == 0:
             return 1  # to be measured
         return min(len(self._replaced), self.budget // (self.bytes_per_token * tokens))
-
-
-class _SavedBytes:
-    """Hooks that count the storages which autograd saves for the backward pass, each once and whole.
-
-    Not counted: those of `others`, which are there whether the layer is recomputed or not, and what a
-    `torch.autograd.Function` keeps without `save_for_backward`.
-    """
-
-    def __init__(self, others: Iterable[Tensor]) -> None:
-        self._seen = {_local(tensor).untyped_storage().data_ptr() for tensor in others}
-        self.total = 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = _local(tensor).untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        # An operation's own output would hold its graph, and the graph the output: never freed without a backward.
-        return tensor.detach()
-
-    def unpack(self, tensor: Tensor) -> Tensor:
-        return tensor
 
 
 def _layers(module: nn.Module) -> Iterator[Any]:
@@ -142,7 +119,7 @@ def _layers(module: nn.Module) -> Iterator[Any]:
 def _default_budget(model: nn.Module) -> int:
     """The bytes of the gradients, which do not exist yet while activations peak; where few weights are
     trained, half of the bytes of all."""
-    weights = [(_local(p).nbytes, p.requires_grad) for p in model.parameters()]
+    weights = [(local(p).nbytes, p.requires_grad) for p in model.parameters()]
     gradients = sum(size for size, trained in weights if trained)
     wanted = max(gradients, sum(size for size, _ in weights) // 2)
     return min(wanted, _free_bytes(next(model.parameters()).device) // 2)
@@ -155,7 +132,3 @@ def _free_bytes(device: torch.device) -> int:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
-
-def _local(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
