@@ -63,6 +63,7 @@ NUMERIC_TESTS = [
     "test_linear.py",
     "test_linear_statistics.py",
     "test_attention_cpu.py",
+    "test_linear_layers.py",
 ]
 
 

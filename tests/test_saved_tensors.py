@@ -128,5 +128,7 @@ def test_models_have_the_same_gradients_and_keep_less(name, frozen, dtype):
     for key, value in expected.items():
         assert torch.equal(result[key], value), key
     print(f"{name}: {less.bytes} of {plain.bytes} bytes")
-    if name != "gpt2 learned positions":  # whose activation function is written out in small operations
+    if (
+        name != "gpt2 learned positions"
+    ):  # whose activation function is written out in small operations
         assert less.bytes < (0.95 if frozen else 0.75) * plain.bytes

@@ -112,6 +112,17 @@ struct HeadParams {
   const float* total;           // [V, H] or null: 0; grad_weight itself if that is float32
 };
 
+// A linear layer's product on the CPU, float32: out [R, N] = the rows [R, K] in left panels times
+// K x N in right ones. With an adapter K counts its rank, too.
+struct LinearParams {
+  int64_t rows;
+  int64_t depth;    // K
+  int64_t columns;  // N
+  const float* packed_rows;
+  const float* packed_columns;
+  float* out;
+};
+
 // Attention over one row of shared prompts, on the CPU. T tokens, D width of a head.
 
 // Queries that lie together in the row. Their keys are a prompt before them, all of it, and then

@@ -72,6 +72,16 @@ const Kernels* choose() {
 
 }  // namespace
 
+std::string vendor() {
+#if defined(__x86_64__)
+  unsigned eax, name[3];  // ebx, edx, ecx spell it
+  if (__get_cpuid(0, &eax, &name[0], &name[2], &name[1])) {
+    return std::string(reinterpret_cast<const char*>(name), sizeof(name));
+  }
+#endif
+  return "";
+}
+
 const char* best_capability() { return kTables[detect_level()]->name; }
 
 const Kernels* kernels() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "common/params.h"
 
@@ -39,6 +40,22 @@ struct Gemm {
   void (*narrow_gradient_of_weight[2][4])(const HeadParams&, int64_t block, float* workspace);
 };
 
+// Products of float32 linear layers (linear-inl.h), a task at a time. Panels as those of Gemm.
+struct Linear {
+  int64_t rows;       // of a left panel
+  int64_t left;       // floats of a left panel for one k
+  int64_t columns;    // of a right panel, and its floats for one k
+  int64_t row_block;  // left panels of a task
+  int64_t tiles;      // right panels of a task
+  // One left panel of a matrix [rows, depth].
+  void (*pack_rows)(const float* in, int64_t panel, int64_t depth, int64_t rows, float* out);
+  // One right panel of the transpose of a matrix [columns, depth], and of one [depth, columns].
+  void (*pack_transposed)(const float* in, int64_t tile, int64_t depth, int64_t columns,
+                          float* out);
+  void (*pack_columns)(const float* in, int64_t tile, int64_t depth, int64_t columns, float* out);
+  void (*product)(const LinearParams&, int64_t first_panel, int64_t first_tile);
+};
+
 // Attention over a row of shared prompts (attention-inl.h), a task at a time; by DType, none for
 // float64.
 struct Attention {
@@ -58,6 +75,7 @@ struct Kernels {
   BackwardRow narrow_backward[4];  // by DType of the gradient, a half one, of float32 logits
   StatisticsOfRow statistics[2];   // by DType: float64, float32
   Gemm gemm;
+  Linear linear;
   Attention attention;
 };
 
@@ -80,6 +98,9 @@ void scalar_statistics_of_row(const RowStatisticsParams& params, int64_t row);  
 
 // What this CPU and operating system offer: one of those names.
 const char* best_capability();
+
+// "AuthenticAMD", "GenuineIntel"; empty where the CPU has no such name.
+std::string vendor();
 
 // The table in use: the best one, or what PYFAST_DPO_CPU_CAPABILITY names when that is available.
 // Read once. nullptr when the variable names something unknown or unavailable.

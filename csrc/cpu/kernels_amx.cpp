@@ -17,6 +17,8 @@ namespace amx_table {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/linear-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -37,6 +39,7 @@ const Kernels kAmxKernels = {
      amx_table::backward_row<float, Float16>},
     {scalar_statistics_of_row, amx_table::statistics_of_row},
     amx_table::amx::gemm(),
+    amx_table::linear(),
     amx_table::attention(),
 };
 

@@ -17,6 +17,8 @@ namespace avx2 {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/linear-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -32,6 +34,7 @@ const Kernels kAvx2Kernels = {
     {nullptr, nullptr, avx2::backward_row<float, BFloat16>, avx2::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx2::statistics_of_row},
     avx2::gemm<avx2::Singles>(),
+    avx2::linear(),
     avx2::attention(),
 };
 

@@ -17,6 +17,8 @@ namespace avx512 {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/linear-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -32,6 +34,7 @@ const Kernels kAvx512Kernels = {
     {nullptr, nullptr, avx512::backward_row<float, BFloat16>, avx512::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx512::statistics_of_row},
     avx512::gemm<avx512::Singles>(),
+    avx512::linear(),
     avx512::attention(),
 };
 

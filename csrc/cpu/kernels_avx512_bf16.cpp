@@ -17,6 +17,8 @@ namespace avx512_bf16 {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/linear-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -35,6 +37,7 @@ const Kernels kAvx512Bf16Kernels = {
      avx512_bf16::backward_row<float, Float16>},
     {scalar_statistics_of_row, avx512_bf16::statistics_of_row},
     avx512_bf16::gemm<avx512_bf16::Pairs>(),
+    avx512_bf16::linear(),
     avx512_bf16::attention(),
 };
 

@@ -12,6 +12,8 @@ namespace generic {
 //
 #include "cpu/gemm-inl.h"
 //
+#include "cpu/linear-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -28,6 +30,7 @@ const Kernels kGenericKernels = {
      generic::backward_row<float, Float16>},
     {scalar_statistics_of_row, generic::statistics_of_row},
     generic::gemm<generic::Singles>(),
+    generic::linear(),
     generic::attention(),
 };
 

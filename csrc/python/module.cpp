@@ -207,6 +207,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_facts", &build_facts);
   m.def("cpu_capability", &cpu_capability);
   m.def("best_cpu_capability", &cpu::best_capability);
+  m.def("cpu_vendor", &cpu::vendor);
   m.def("head_panel_rows",
         [] { return cpu::kernels() == nullptr ? 1 : cpu::kernels()->gemm.rows; });
   m.def("pair_loss_names", &names<PairLosses>);

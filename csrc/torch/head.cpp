@@ -23,8 +23,6 @@ constexpr int64_t kSlices = 8;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Maps memory that is about to be written, where it is fresh: one call, instead of a fault for
 // every page, takes two thirds of the time. Where it is not, or cannot be mapped so, nothing
 // happens.

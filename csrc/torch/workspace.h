@@ -10,6 +10,8 @@
 
 namespace pyfast_dpo {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline torch::stable::Tensor new_floats(const torch::stable::Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float);
 }

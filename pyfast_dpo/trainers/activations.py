@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ class KeptActivations(TrainerCallback):
 
     Args:
         max_bytes: the budget, >= 0; with 0 no layer is kept, in the first step neither. None: those of
-            the gradients on this device, or of half of the weights if that is more, and at most half of
-            what is free after the first step.
+            the gradients on this device, or three quarters of the weights' if that is more, and at most half
+            of what is free after the first step.
 
     Attributes:
         layers_kept: in the last forward pass.
@@ -118,10 +118,10 @@ def _layers(module: nn.Module) -> Iterator[Any]:
 
 def _default_budget(model: nn.Module) -> int:
     """The bytes of the gradients, which do not exist yet while activations peak; where few weights are
-    trained, half of the bytes of all."""
+    trained, three quarters of the bytes of all."""
     weights = [(local(p).nbytes, p.requires_grad) for p in model.parameters()]
     gradients = sum(size for size, trained in weights if trained)
-    wanted = max(gradients, sum(size for size, _ in weights) // 2)
+    wanted = max(gradients, sum(size for size, _ in weights) * 3 // 4)
     return min(wanted, _free_bytes(next(model.parameters()).device) // 2)
 
 
@@ -131,4 +131,3 @@ def _free_bytes(device: torch.device) -> int:
     # What torch has reserved and does not use is free for the next step.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
-

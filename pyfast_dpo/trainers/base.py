@@ -26,9 +26,14 @@ from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
 from pyfast_dpo.integrations.transformers import causal_lm_of
 from pyfast_dpo.trainers.activations import KeptActivations
 from pyfast_dpo.trainers.balancing import balancing_of
-from pyfast_dpo.trainers.callbacks import LikelihoodDisplacement, SyncReferenceModel
+from pyfast_dpo.trainers.callbacks import (
+    KeepFreedMemory,
+    LikelihoodDisplacement,
+    SyncReferenceModel,
+)
 from pyfast_dpo.trainers.config import PreferenceConfig
 from pyfast_dpo.trainers.layout import EXAMPLES, Collator, choose_ways, prepare_reference
+from pyfast_dpo.trainers.linear_layers import use_own_products
 from pyfast_dpo.trainers.metrics import MetricAverages
 from pyfast_dpo.trainers.reference import (
     as_reference,
@@ -153,9 +158,11 @@ class PreferenceTrainer(Trainer):
         )
         if ways.shared_prompt:
             self.data_collator = shared
+        use_own_products(self._policy)
         self.ref_model = None
         if ref_model is not None:
             prepare_reference(ref_model, ways)
+            use_own_products(ref_model)
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in one dtype
             if is_own_copy and (args.bf16 or args.fp16) and not (sharded or args.sync_ref_model):
                 narrow_linear_layers(ref_model, torch.bfloat16 if args.bf16 else torch.float16)
@@ -177,6 +184,7 @@ class PreferenceTrainer(Trainer):
                 )
             )
         self.add_callback(LikelihoodDisplacement(args.beta))
+        self.add_callback(KeepFreedMemory())
         self.kept_activations: KeptActivations | None = None
         if args.checkpointing_as_needed:
             self.kept_activations = KeptActivations(args.max_activation_bytes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from pyfast_dpo._allocator import keep_freed_memory
 from pyfast_dpo.diagnostics.health import chosen_falling
 
 
@@ -40,3 +42,19 @@ class LikelihoodDisplacement(TrainerCallback):
         if warning is not None:
             self._told = True
             warnings.warn(f"step {state.global_step}: {warning}", stacklevel=2)
+
+
+class KeepFreedMemory(TrainerCallback):
+    """Training on the CPU keeps the memory of one step for the next."""
+
+    def __init__(self) -> None:
+        self._end: Callable[[], None] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._end is None and args.device.type == "cpu":
+            self._end = keep_freed_memory()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._end is not None:
+            self._end()
+            self._end = None
