@@ -61,6 +61,7 @@ bench: $(VENV)/.peers $(VENV)/.demo-model
 	$(BIN)/python bench/bench_ops.py
 	$(BIN)/python bench/bench_linear.py
 	$(BIN)/python bench/bench_attention.py
+	$(BIN)/python bench/bench_layers.py
 	$(BIN)/python bench/bench_libs.py
 	$(BIN)/python bench/bench_train.py
 

@@ -169,3 +169,22 @@ def test_attention_is_measured_and_its_scores_counted(
     (case,) = json.loads((tmp_path / "bench_attention.json").read_text())["cases"]
     ratios = {entry["contender"]: entry["over_ours"]["median"] for entry in case["times"]}
     assert len(ratios) == 4 and ratios["ours"] == 1.0 and min(ratios.values()) > 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_layers_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_layers
+
+    from pyfast_dpo.trainers import linear_layers
+
+    monkeypatch.setattr(linear_layers, "FASTER", False)  # and back after the benchmark has set it
+    monkeypatch.setattr(bench_layers, "CASES", bench_layers.CASES[:2])
+    bench_layers.main(["--rounds", "2", "--out", str(tmp_path)])
+    bare, adapted = json.loads((tmp_path / "bench_layers.json").read_text())["cases"]
+    for case in (bare, adapted):
+        assert set(case["over_ours"]) == {"torch", "registers alone"}
+        assert min(ratio["low"] for ratio in case["over_ours"].values()) > 0
+    assert "LoRA" in adapted["case"] and "LoRA" not in bare["case"]

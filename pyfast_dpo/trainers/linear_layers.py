@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pyfast_dpo import _C, _ops
 
-# MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: 180 to 190 of 228 GFLOP/s on two cores of
-# a Zen 4, ours 190 to 210. On Intel's own CPUs it is not known to.
+# MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: on a Zen 4 it takes 0.9 to 1.2 times our time
+# for layers of 576 to 8192, the more the larger they are (bench/bench_layers.py). That needs memory that is there already, as trainers keep it: in fresh memory the packed
+# copies of rows and weight made ours slower, by up to a fifth. On Intel's own CPUs nothing was measured.
 FASTER = _C.cpu_vendor() == "AuthenticAMD" and _C.cpu_capability().startswith("avx512")
 FEWEST = 64  # inputs and outputs of a layer; smaller ones are no work for panels
 
@@ -29,7 +30,7 @@ def use_own_products(model: nn.Module) -> None:
         if type(module) is nn.Linear and min(module.in_features, module.out_features) >= FEWEST:
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
         elif _is_lora(module):
-            module.forward = MethodType(_adapted, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_adapted, module)
 
 
 def _linear(layer: Any, inputs: Tensor) -> Tensor:

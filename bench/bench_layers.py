@@ -1,0 +1,125 @@
+"""One float32 linear layer over a row of real pairs, forward and gradient of its inputs: our product, torch's,
+registers alone; bare and with a LoRA adapter.
+
+    python bench/bench_layers.py [--rounds 15] [--threads 2] [--out bench/results]
+
+The weight is frozen, as under an adapter: for its gradient trainers call torch in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bench_linear import TOKENS
+from common import OtherLoad, Prepare, alternate, environment, ratios, spread
+from peak import load_peak
+from report import Progress, noise, table, write_json
+from torch import nn
+
+from pyfast_dpo._allocator import keep_freed_memory
+
+OURS, TORCH, FLOOR = "ours", "torch", "registers alone"
+RANK = 16
+REPEATS = 10  # of the floor at a time: its threads begin beside those of torch, which spin for milliseconds
+
+
+class Case(NamedTuple):
+    inputs: int
+    outputs: int
+    adapter: bool
+
+    def __str__(self) -> str:
+        return f"{self.inputs} -> {self.outputs}" + (f", LoRA of rank {RANK}" if self.adapter else "")  # fmt: skip
+
+
+SIZES = [(576, 576), (576, 1536), (1536, 576), (2048, 2048), (2048, 8192), (8192, 2048)]
+CASES = [Case(*size, adapter) for size in SIZES for adapter in (False, True)]
+
+
+def layer_of(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(case.inputs, case.outputs, bias=False)).requires_grad_(False)
+    if not case.adapter:
+        return layer
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
+    return get_peft_model(layer, config)  # type: ignore[arg-type]
+
+
+def contenders(case: Case) -> dict[str, Prepare]:
+    from pyfast_dpo.trainers import linear_layers
+
+    linear_layers.FASTER = True  # measured wherever this runs
+    tokens = sum(map(sum, TOKENS))
+    torchs = layer_of(case)
+    ours = copy.deepcopy(torchs)
+    linear_layers.use_own_products(ours)
+
+    def prepare(layer: nn.Module) -> Prepare:
+        def make() -> Any:
+            inputs = torch.randn(tokens, case.inputs, requires_grad=True)
+            gradient = torch.randn(tokens, case.outputs)
+            leaves = [inputs, *(p for p in layer.parameters() if p.requires_grad)]
+            return lambda: torch.autograd.grad(layer(inputs), leaves, gradient)
+
+        return make
+
+    # the layer's two products; of the adapter two forward and four backward, of low rank
+    operations = 4.0 * tokens * case.inputs * case.outputs
+    if case.adapter:
+        operations += 6.0 * tokens * RANK * (case.inputs + case.outputs)
+    spend = load_peak("float32", torch.get_num_threads())
+    return {OURS: prepare(ours), TORCH: prepare(torchs), FLOOR: lambda: lambda: spend(REPEATS * operations)}  # fmt: skip
+
+
+def measure(case: Case, rounds: int, progress: Progress) -> dict[str, Any]:
+    progress.next(str(case))
+    layers = contenders(case)
+    others = OtherLoad()  # after the compiler that contenders() starts
+    seconds = alternate(layers, rounds, warmup=3, progress=progress.detail)
+    seconds[FLOOR] = [value / REPEATS for value in seconds[FLOOR]]
+    return {
+        "case": str(case),
+        "tokens": sum(map(sum, TOKENS)),
+        "load_of_others": others.share(),
+        "seconds": {name: spread(values)._asdict() for name, values in seconds.items()},
+        "over_ours": {
+            name: ratios(seconds[name], seconds[OURS])._asdict() for name in (TORCH, FLOOR)
+        },
+    }
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    spreads = "{median:.2f} ({low:.2f}..{high:.2f})"
+    rows = [
+        [r["case"], *(spreads.format(**r["over_ours"][name]) for name in (TORCH, FLOOR))]
+        for r in results
+    ]
+    lines = noise(max(r["load_of_others"] or 0.0 for r in results))
+    return "\n".join([*lines, table(["layer", "torch / ours", "registers alone / ours"], rows)])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as in training
+    facts = environment()
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+    progress = Progress(len(CASES))
+    results = [measure(case, options.rounds, progress) for case in CASES]
+    progress.done()
+    print(report(results))
+    write_json(options.out / "bench_layers.json", {"environment": facts, "cases": results})
+
+
+if __name__ == "__main__":
+    main()
