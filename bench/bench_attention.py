@@ -10,13 +10,14 @@ spends the multiply-adds of the scores that exist, in the dtype of the inputs, w
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from bench_linear import TOKENS
-from common import OtherLoad, Prepare, Work, alternate, environment, ratios, spread
+from common import Prepare, Work, alternate_with_floor, environment, ratios, spread
 from peak import load_peak
 from report import Progress, noise, table, write_json
 from torch import Tensor
@@ -29,8 +30,7 @@ OURS, FLOOR = "ours", "registers alone"
 PLAIN = Scores(None, 0.0, None, None)
 # Products a score takes part in: scores, outputs; and backward scores again, their gradient, three gradients.
 PRODUCTS = 7
-# Of the floor at a time: its threads begin beside those of torch, which spin for milliseconds after their work.
-REPEATS = 20
+REPEATS = 20  # of the floor at a time
 
 
 class Case(NamedTuple):
@@ -102,14 +102,13 @@ def contenders(case: Case) -> dict[str, Prepare]:
 
 def measure(case: Case, rounds: int, progress: Progress) -> dict[str, Any]:
     progress.next(str(case))
-    attentions = contenders(case)
-    others = OtherLoad()  # after the compiler that contenders() starts
-    seconds = alternate(attentions, rounds, warmup=3, progress=progress.detail)
-    seconds[FLOOR] = [value / REPEATS for value in seconds[FLOOR]]
+    seconds, load = alternate_with_floor(
+        partial(contenders, case), FLOOR, REPEATS, rounds, progress=progress.detail
+    )
     return {
         "case": str(case),
         "tokens": TOKENS,
-        "load_of_others": others.share(),
+        "load_of_others": load,
         "times": [
             {
                 "contender": name,

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from bench_linear import TOKENS
-from common import OtherLoad, Prepare, alternate, environment, ratios, spread
+from common import Prepare, alternate_with_floor, environment, ratios, spread
 from peak import load_peak
 from report import Progress, noise, table, write_json
 from torch import nn
@@ -24,7 +25,7 @@ from pyfast_dpo._allocator import keep_freed_memory
 
 OURS, TORCH, FLOOR = "ours", "torch", "registers alone"
 RANK = 16
-REPEATS = 10  # of the floor at a time: its threads begin beside those of torch, which spin for milliseconds
+REPEATS = 10  # of the floor at a time
 
 
 class Case(NamedTuple):
@@ -79,14 +80,13 @@ def contenders(case: Case) -> dict[str, Prepare]:
 
 def measure(case: Case, rounds: int, progress: Progress) -> dict[str, Any]:
     progress.next(str(case))
-    layers = contenders(case)
-    others = OtherLoad()  # after the compiler that contenders() starts
-    seconds = alternate(layers, rounds, warmup=3, progress=progress.detail)
-    seconds[FLOOR] = [value / REPEATS for value in seconds[FLOOR]]
+    seconds, load = alternate_with_floor(
+        partial(contenders, case), FLOOR, REPEATS, rounds, progress=progress.detail
+    )
     return {
         "case": str(case),
         "tokens": sum(map(sum, TOKENS)),
-        "load_of_others": others.share(),
+        "load_of_others": load,
         "seconds": {name: spread(values)._asdict() for name, values in seconds.items()},
         "over_ours": {
             name: ratios(seconds[name], seconds[OURS])._asdict() for name in (TORCH, FLOOR)

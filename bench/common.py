@@ -117,6 +117,25 @@ class OtherLoad:
         return total, total - idle, own
 
 
+def alternate_with_floor(
+    make: Callable[[], Mapping[str, Prepare]], floor: str, repeats: int, rounds: int, **options: Any
+) -> tuple[dict[str, list[float]], float | None]:
+    """(seconds of every contender, load of others), where one of them spends its operations in registers alone
+    (`peak.load_peak`).
+
+    Args:
+        make: the contenders; it may start a compiler, which is not counted as others' load.
+        floor: that one's name; it spends them `repeats` times at once, since its threads begin beside those
+            of torch, which spin for milliseconds after their work.
+        rounds, options: of `alternate`.
+    """
+    contenders = make()
+    others = OtherLoad()
+    seconds = alternate(contenders, rounds, warmup=3, **options)
+    seconds[floor] = [value / repeats for value in seconds[floor]]
+    return seconds, others.share()
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 

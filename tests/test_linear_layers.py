@@ -14,7 +14,7 @@ from torch.library import opcheck
 from pyfast_dpo import _C
 
 ops = torch.ops.pyfast_dpo
-WIDEST = 32  # columns of a panel with AVX-512; rows of one: 14
+# A panel has up to 14 rows or 32 columns.
 
 # rows, inputs, outputs
 SHAPES = [

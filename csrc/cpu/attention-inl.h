@@ -148,10 +148,7 @@ static void gather(const HeadsView& view, const AttentionBlock& b, int64_t head,
 // Rows as right panels, for products with their transpose: [panel][width][kColumns].
 static void pack_as_columns(const float* rows, int64_t count, int64_t width, float* panels) {
   for (int64_t j = 0; j < count; j += kColumns, panels += width * kColumns) {
-    for (int64_t half = 0; half < kColumns; half += Vec::kWidth) {
-      const int64_t left = count - j - half, present = left < 0 ? 0 : least(Vec::kWidth, left);
-      pack_transposed(rows + (j + half) * width, width, present, width, panels + half, kColumns);
-    }
+    pack_rows_as_right<Singles>(rows + j * width, least(kColumns, count - j), width, panels);
   }
 }
 

@@ -171,17 +171,22 @@ static void pack_right(const void* in, int64_t rows, int64_t columns, float* pan
   }
 }
 
+// Up to kColumns rows as one right panel, for products with their transpose: [unit][kColumns].
+template <class Format, class T>
+static inline void pack_rows_as_right(const T* rows, int64_t count, int64_t depth, float* panel) {
+  for (int64_t half = 0; half < kColumns; half += Vec::kWidth) {
+    const int64_t present = count > half ? least(Vec::kWidth, count - half) : 0;
+    Format::pack_rows(rows + half * depth, depth, present, depth, panel + half, kColumns);
+  }
+}
+
 // logits[:, tile] = rows weight[tile]^T for one tile of kColumns vocabulary entries.
 template <class T, class Format>
 static void logits_tile(const HeadParams& p, int64_t tile, float* workspace) {
   const int64_t first = tile * kColumns, columns = least(kColumns, p.vocab - first);
   const int64_t units = Format::units(p.hidden);
   const T* weight = static_cast<const T*>(p.weight) + first * p.hidden;
-  for (int64_t half = 0; half < kColumns; half += Vec::kWidth) {
-    const int64_t present = columns > half ? least(Vec::kWidth, columns - half) : 0;
-    Format::pack_rows(weight + half * p.hidden, p.hidden, present, p.hidden, workspace + half,
-                      kColumns);
-  }
+  pack_rows_as_right<Format>(weight, columns, p.hidden, workspace);
   const Put put = put_into(p.logits, p.rows, p.vocab);
   for (int64_t i = 0; i < p.rows; i += kRows) {
     micro<Format>(units, p.packed_rows + i / kRows * units * kLeft, workspace,

@@ -19,11 +19,8 @@ static void pack_linear_rows(const float* in, int64_t panel, int64_t depth, int6
 
 static void pack_linear_transposed(const float* in, int64_t tile, int64_t depth, int64_t columns,
                                    float* out) {
-  const int64_t first = tile * kColumns, count = least(kColumns, columns - first);
-  for (int64_t half = 0; half < kColumns; half += Vec::kWidth) {
-    const int64_t present = count > half ? least(Vec::kWidth, count - half) : 0;
-    pack_transposed(in + (first + half) * depth, depth, present, depth, out + half, kColumns);
-  }
+  const int64_t first = tile * kColumns;
+  pack_rows_as_right<Singles>(in + first * depth, least(kColumns, columns - first), depth, out);
 }
 
 static void pack_linear_columns(const float* in, int64_t tile, int64_t depth, int64_t columns,
@@ -32,12 +29,12 @@ static void pack_linear_columns(const float* in, int64_t tile, int64_t depth, in
   pack_straight<kColumns>(in + first, columns, least(kColumns, columns - first), depth, out);
 }
 
-// kRowBlock left panels times kTiles right ones.
+// kRowBlock left panels times kTiles right ones; depth > 0.
 static void linear_product(const LinearParams& p, int64_t first_panel, int64_t first_tile) {
   const int64_t panels = least((p.rows + kRows - 1) / kRows, first_panel + kRowBlock);
   const int64_t tiles = least((p.columns + kColumns - 1) / kColumns, first_tile + kTiles);
   const int64_t blocks = (p.depth + kLinearDepth - 1) / kLinearDepth;
-  const int64_t most = blocks == 0 ? 0 : (p.depth + blocks - 1) / blocks;
+  const int64_t most = (p.depth + blocks - 1) / blocks;
   for (int64_t begin = 0; begin < p.depth; begin += most) {
     const int64_t units = least(most, p.depth - begin);
     const Put put = begin == 0 ? Put::kStore : Put::kAdd;

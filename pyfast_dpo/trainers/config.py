@@ -28,8 +28,8 @@ class PreferenceConfig(TrainingArguments):
         max_activation_bytes: >= 0, the bytes of activations, on each device, that the layers may keep, from
             the second step on; the first keeps and measures one layer, unless this is 0. None: as many as
             the gradients take on the device, or three quarters of the weights' if that is more (LoRA), and at
-            most half of what is free after the first step. Not together with `gradient_checkpointing`. Compiled models
-            and DeepSpeed recompute every layer.
+            most half of what is free after the first step. Not together with `gradient_checkpointing`.
+            Compiled models and DeepSpeed recompute every layer.
         checkpointing_as_needed: no option, but whether `gradient_checkpointing` was left at its default.
         bf16: by default on where a CUDA device supports it, unless `fp16` is set.
         logging_nan_inf_filter: off by default, so that a loss that is not finite is seen in the log.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pyfast_dpo import _C, _ops
 
-# MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: on a Zen 4 it takes 0.9 to 1.2 times our time
-# for layers of 576 to 8192, the more the larger they are (bench/bench_layers.py). That needs memory that is there already, as trainers keep it: in fresh memory the packed
-# copies of rows and weight made ours slower, by up to a fifth. On Intel's own CPUs nothing was measured.
+# MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: on a Zen 4 it takes 0.9 to 1.2 times our
+# time for layers of 576 to 8192, the more the larger they are (bench/bench_layers.py). That needs memory that is there
+# already, as trainers keep it: in fresh memory the packed copies of rows and weight made ours slower, by up to a
+# fifth. On Intel's own CPUs nothing was measured.
 FASTER = _C.cpu_vendor() == "AuthenticAMD" and _C.cpu_capability().startswith("avx512")
 FEWEST = 64  # inputs and outputs of a layer; smaller ones are no work for panels
 
@@ -27,8 +28,8 @@ def use_own_products(model: nn.Module) -> None:
     for module in model.modules():
         if "forward" in vars(module):  # ours already, or somebody's who moves weights
             continue
-        if type(module) is nn.Linear and min(module.in_features, module.out_features) >= FEWEST:
-            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
+        if _is_wide(module):
+            module.forward = MethodType(_linear, module)
         elif _is_lora(module):
             module.forward = MethodType(_adapted, module)
 
@@ -39,11 +40,14 @@ def _linear(layer: Any, inputs: Tensor) -> Tensor:
     return _shaped(_ops.linear(_matrix(inputs), layer.weight), inputs, layer.bias)
 
 
+def _is_wide(module: Any) -> bool:
+    return type(module) is nn.Linear and min(module.in_features, module.out_features) >= FEWEST
+
+
 def _is_lora(module: Any) -> bool:
-    if type(module).__module__ != "peft.tuners.lora.layer" or type(module).__name__ != "Linear":
-        return False
-    base = module.base_layer
-    return type(base) is nn.Linear and min(base.in_features, base.out_features) >= FEWEST
+    kind = type(module)
+    is_peft = (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear")
+    return is_peft and _is_wide(module.base_layer)
 
 
 def _adapted(layer: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
