@@ -101,6 +101,17 @@ def test_a_low_rank_term_is_added_in_the_same_pass():
 
 
 @pytest.mark.numerics
+@pytest.mark.parametrize("depth", [1, 700, 760, 768, 1536, 1600])
+def test_an_adapter_that_adds_nothing_changes_no_bit(depth):
+    """So that the first loss of an adapter, whose up weight is 0, is ln 2 exactly."""
+    a, w, low, g = draw(40, depth), draw(70, depth, seed=1), draw(40, 16), draw(40, depth, seed=2)
+    up, down = torch.zeros(70, 16), torch.zeros(16, 70)
+    assert torch.equal(ops.linear(a, w, low, up), ops.linear(a, w))
+    back = w.T.contiguous()
+    assert torch.equal(ops.linear_grad_rows(g, back, low, down), ops.linear_grad_rows(g, back))
+
+
+@pytest.mark.numerics
 def test_strided_matrices_are_taken():
     a, w = draw(50, 20), draw(50, 30, seed=1)
     assert torch.equal(ops.linear(a.T, w.T), ops.linear(a.T.contiguous(), w.T.contiguous()))

@@ -113,10 +113,11 @@ struct HeadParams {
 };
 
 // A linear layer's product on the CPU, float32: out [R, N] = the rows [R, K] in left panels times
-// K x N in right ones. With an adapter K counts its rank, too.
+// K x N in right ones.
 struct LinearParams {
   int64_t rows;
-  int64_t depth;    // K
+  int64_t depth;    // K, the rank of an adapter included
+  int64_t low;      // that rank, or 0
   int64_t columns;  // N
   const float* packed_rows;
   const float* packed_columns;

@@ -33,11 +33,14 @@ static void pack_linear_columns(const float* in, int64_t tile, int64_t depth, in
 static void linear_product(const LinearParams& p, int64_t first_panel, int64_t first_tile) {
   const int64_t panels = least((p.rows + kRows - 1) / kRows, first_panel + kRowBlock);
   const int64_t tiles = least((p.columns + kColumns - 1) / kColumns, first_tile + kTiles);
-  const int64_t blocks = (p.depth + kLinearDepth - 1) / kLinearDepth;
-  const int64_t most = (p.depth + blocks - 1) / blocks;
-  for (int64_t begin = 0; begin < p.depth; begin += most) {
-    const int64_t units = least(most, p.depth - begin);
-    const Put put = begin == 0 ? Put::kStore : Put::kAdd;
+  // An adapter continues the last block: one that adds zeros leaves every bit as it is.
+  const int64_t own = p.depth - p.low;
+  const int64_t blocks = own <= kLinearDepth ? 1 : (own + kLinearDepth - 1) / kLinearDepth;
+  const int64_t most = (own + blocks - 1) / blocks;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = least(block * most, own), end = least(begin + most, own);
+    const int64_t units = (block + 1 == blocks ? p.depth : end) - begin;
+    const Put put = block == 0 ? Put::kStore : Put::kAdd;
     for (int64_t panel = first_panel; panel < panels; ++panel) {
       const int64_t row = panel * kRows;
       const float* left = p.packed_rows + (panel * p.depth + begin) * kLeft;

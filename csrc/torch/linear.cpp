@@ -41,6 +41,7 @@ Tensor product(const std::vector<Term>& terms, int64_t columns, bool transposed)
   p.rows = like.size(0);
   p.columns = columns;
   for (const Term& term : terms) p.depth += term.depth;
+  p.low = p.depth - terms[0].depth;
   Tensor out = torch::stable::new_empty(like, {p.rows, p.columns});
   if (p.depth == 0) return torch::stable::zero_(out);
   const cpu::Linear& linear = cpu_kernels().linear;
