@@ -1,4 +1,5 @@
-"""Builds pyfast_dpo._C with one ninja file: C++ by the C++ compiler, CUDA by nvcc where it is found.
+"""Builds pyfast_dpo._C and pyfast_dpo._arena with one ninja file: C++ by the C++ compiler, CUDA by nvcc where it is
+found.
 
 Environment: PYFAST_DPO_CUDA=auto|0|1 (auto: CUDA kernels when nvcc is found), CUDA_HOME,
 TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1, CXX.
@@ -26,6 +27,7 @@ DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0+PTX"]
 TORCH_TARGET_VERSION = (
     "0x020a000000000000"  # the stable ABI of torch 2.10: one binary for every later torch
 )
+APART = ("cuda", "arena")  # folders of csrc with sources that not every build of _C takes
 WARNINGS = [
     "-Wall",
     "-Wextra",
@@ -86,16 +88,15 @@ def escape(text: str) -> str:
 
 
 class NinjaBuild(build_ext):
-    """Compiles the one extension of this package."""
+    """Compiles the two extensions of this package: _C, for every torch from 2.10 on, and _arena, for the release of
+    torch that is installed now."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
         debug = os.environ.get("DEBUG", "0") not in ("", "0")
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
         # Not build_temp: pip gives that a fresh folder every time, and ninja would start anew.
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
@@ -110,17 +111,18 @@ class NinjaBuild(build_ext):
             *WARNINGS,
             f"-I{CSRC}",
             *(f"-isystem{path}" for path in system),
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"-DPFD_TORCH_VERSION={torch.__version__}",
         ]
-        # torch stays needed although nothing names it: through it the loader finds the CUDA stream symbol.
         link_flags = [
             *(f"-L{path}" for path in library_paths()),
-            *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"),
             "-Wl,--exclude-libs,ALL",
             *([] if debug else ["-s"]),
         ]
-        sources = [p for p in sorted(CSRC.glob("*/*.cpp")) if p.parent.name != "cuda"]
+        # torch stays needed although nothing names it: through it the loader finds the CUDA stream symbol.
+        torch_libraries = [
+            *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10")
+        ]
+        sources = [p for p in sorted(CSRC.glob("*/*.cpp")) if p.parent.name not in APART]
 
         home = cuda_home()
         nvcc_flags: list[str] = []
@@ -143,7 +145,7 @@ class NinjaBuild(build_ext):
                 number = target.removesuffix("+PTX")
                 code = [f"sm_{number}"] + ([f"compute_{number}"] if target.endswith("+PTX") else [])
                 nvcc_flags.append(f"-gencode=arch=compute_{number},code=[{','.join(code)}]")
-            link_flags += [
+            torch_libraries += [
                 str(find_library(home, "libcudart_static.a")),
                 "-ldl",
                 "-lrt",
@@ -152,21 +154,19 @@ class NinjaBuild(build_ext):
             summary = f"with CUDA kernels for {', '.join(targets)} by {home / 'bin' / 'nvcc'}"
         summary = f"pyfast_dpo: CPU kernels generic, avx2, avx512, avx512_bf16, amx; {summary}; torch {torch.__version__}"
 
-        objects = []
-        edges = []
-        for source in sources:
-            target = build / f"{source.parent.name}_{source.name}.o"
-            rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            objects.append(escape(str(target)))
-            edges.append(f"build {objects[-1]}: {rule} {escape(str(source))}")
-        edges.append(f"build {escape(str(output))}: link {' '.join(objects)}")
-
+        stable = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+        edges = [
+            *self.edges("pyfast_dpo._C", sources, build, [stable], torch_libraries),
+            *self.edges(
+                "pyfast_dpo._arena", sorted(CSRC.glob("arena/*.cpp")), build, [], ["-lc10"]
+            ),
+        ]
         cxx = os.environ.get("CXX", "g++")
         nvcc = home / "bin" / "nvcc" if home else "nvcc"
         rules = {
-            "cxx": f"{cxx} {join(cxx_flags)} -MMD -MF $out.d -c $in -o $out",
+            "cxx": f"{cxx} {join(cxx_flags)} $flags -MMD -MF $out.d -c $in -o $out",
             "nvcc": f"{nvcc} {join(nvcc_flags)} -MD -MF $out.d -c $in -o $out",
-            "link": f"{cxx} -shared $in -o $out {join(link_flags)}",
+            "link": f"{cxx} -shared $in -o $out {join(link_flags)} $libraries",
         }
         lines = ["ninja_required_version = 1.5"]
         for name, command in rules.items():
@@ -176,6 +176,21 @@ class NinjaBuild(build_ext):
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([ninja_executable(), "-C", str(build), *jobs], check=True)
         print(summary, flush=True)
+
+    def edges(
+        self, name: str, sources: list[Path], build: Path, flags: list[str], libraries: list[str]
+    ) -> list[str]:
+        """Ninja's lines for one extension: its objects and its binary."""
+        output = Path(self.get_ext_fullpath(name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        objects, lines = [], []
+        for source in sources:
+            objects.append(escape(str(build / f"{source.parent.name}_{source.name}.o")))
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            lines += [f"build {objects[-1]}: {rule} {escape(str(source))}"]
+            lines += [f"  flags = {join(flags)}"] if rule == "cxx" else []
+        lines += [f"build {escape(str(output))}: link {' '.join(objects)}"]
+        return [*lines, f"  libraries = {join(libraries)}"]
 
 
 def join(flags: list[str]) -> str:
@@ -194,4 +209,7 @@ def ninja_executable() -> str:
         return found
 
 
-setup(ext_modules=[Extension("pyfast_dpo._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension(f"pyfast_dpo.{name}", sources=[]) for name in ("_C", "_arena")],
+    cmdclass={"build_ext": NinjaBuild},
+)

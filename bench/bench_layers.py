@@ -21,7 +21,7 @@ from peak import load_peak
 from report import Progress, noise, table, write_json
 from torch import nn
 
-from pyfast_dpo._allocator import keep_freed_memory
+from pyfast_dpo._allocator import use_arena
 
 OURS, TORCH, FLOOR = "ours", "torch", "registers alone"
 RANK = 16
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as in training
+    use_arena()  # as in training
     facts = environment()
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     progress = Progress(len(CASES))

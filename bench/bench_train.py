@@ -54,7 +54,6 @@ BATCH, MAX_LENGTH, WARMUP = 4, 512, 2
 
 def work(who: str, name: str, steps: int, data: Path, model_path: str) -> None:
     """Trains and prints the result as JSON."""
-    # First, as sorted imports are: torch then aligns large tensors (docs/trainers.md).
     if who == OURS:
         from pyfast_dpo import trainers
     else:

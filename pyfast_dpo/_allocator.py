@@ -1,49 +1,51 @@
-"""How torch's CPU allocator takes memory while a model trains."""
+"""Where torch's CPU tensors lie while a model trains."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable
+from types import ModuleType
 
-VARIABLE = "THP_MEM_ALLOC_ENABLE"
+import torch
 
-
-def align_large_tensors() -> None:
-    """Makes torch align tensors of 2 MiB and more to pages, and ask for large pages for them.
-
-    With its alignment of 64 bytes, the C library (glibc before 2.38) does not find the block of a freed tensor
-    again for the next one of the same size, and the process grows: SmolLM2-135M with LoRA held 2.97 GB where
-    1.72 GB do, at the same speed. torch reads the variable once, at the first tensor of the process: a later
-    call changes nothing. A value that the user has set stays.
-    """
-    os.environ.setdefault(VARIABLE, "1")
+from pyfast_dpo import _C
 
 
-# Of glibc's mallopt: names, what keeps memory, and the defaults.
-_OPTIONS = {
-    "MALLOC_TRIM_THRESHOLD_": (-1, -1, 128 * 1024),
-    "MALLOC_MMAP_MAX_": (-4, 0, 65536),
-}
+def _import_arena() -> ModuleType | None:
+    """The binary of the allocator serves the release of torch it was built with, and only that."""
+    built, used = (
+        v.partition("+")[0] for v in (_C.build_facts()["torch_at_build"], torch.__version__)
+    )
+    if built != used:
+        return None
+    from pyfast_dpo import _arena
+
+    return _arena
 
 
-def keep_freed_memory() -> Callable[[], None]:
-    """Makes the C library keep what tensors free for the tensors of the next step, instead of giving it back to the
-    system and getting it page by page again, all zeros.
+_ARENA = _import_arena()
+AVAILABLE = _ARENA is not None
+_users = 0
+
+
+def use_arena() -> Callable[[], None]:
+    """Puts torch's large CPU tensors, from now on, in one range of memory that keeps what is freed for what comes next.
+
+    A training step then gets the memory of the step before it, not page by page from the system, all zeros,
+    and holds little more than its tensors need: the C library (glibc 2.36) took half as much again.
 
     Returns:
-        A function that ends this and gives the memory back. Both do nothing where the C library is not glibc,
-        or where the user has set one of the `MALLOC_` variables.
+        A function that ends this and gives what is free back to the system; tensors in the range stay. Both do
+        nothing if this torch is not the one that the binary was built with, or has an allocator of somebody's.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name in os.environ for name in _OPTIONS):
+    global _users
+    if _ARENA is None or not _ARENA.install():
         return lambda: None
-    for option, keeping, _ in _OPTIONS.values():
-        mallopt(option, keeping)
+    _users += 1
 
     def end() -> None:
-        for option, _, default in _OPTIONS.values():
-            mallopt(option, default)
-        ctypes.CDLL(None).malloc_trim(0)
+        global _users
+        _users -= 1
+        if _users == 0:
+            _ARENA.uninstall()
 
     return end

@@ -168,15 +168,15 @@ def test_without_a_number_the_budget_is_the_gradients_or_half_of_what_is_free(
     assert trainer.kept_activations.layers_kept == kept(weights, layer_bytes(trainer))
 
 
-def test_where_few_weights_are_trained_the_budget_is_three_quarters_of_all(monkeypatch):
+def test_where_few_weights_are_trained_the_budget_is_one_and_a_half_times_the_others(monkeypatch):
     monkeypatch.setattr(activations, "_free_bytes", lambda device: HUGE)
     model = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
     layer = (64 + 8) * 4
     assert activations._default_budget(model) == 2 * layer
     model[0].bias.requires_grad_(False)
     assert activations._default_budget(model) == 2 * layer - 8 * 4
-    model.requires_grad_(False)
-    assert activations._default_budget(model) == 2 * layer * 3 // 4
+    model[1].requires_grad_(False)
+    assert activations._default_budget(model) == (layer + 8 * 4) * 3 // 2
 
 
 def test_free_memory_is_that_of_the_machine():

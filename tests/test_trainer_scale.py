@@ -253,30 +253,3 @@ def test_gradients_of_a_sharded_model_are_those_of_the_whole(tmp_path, tokenizer
     kept.on_train_begin(trainer.args, None, None, model=model)
     trainer.compute_loss(model, trainer.data_collator(trainer.train_dataset.examples[::2]))
     assert bytes_per_token == kept.bytes_per_token > 0
-
-
-ALLOCATION = [
-    ("from pyfast_dpo import trainers", {}, True, "the trainers ask for it"),
-    (
-        "from pyfast_dpo import trainers",
-        {"THP_MEM_ALLOC_ENABLE": "0"},
-        False,
-        "unless the user said no",
-    ),
-    ("import pyfast_dpo", {}, False, "the functions leave the process as it is"),
-]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="torch knows the variable on Linux only")
-@pytest.mark.parametrize(
-    "line, variables, aligned", [a[:3] for a in ALLOCATION], ids=[a[3] for a in ALLOCATION]
-)
-def test_large_tensors_of_a_training_process_are_aligned_to_pages(line, variables, aligned):
-    """What keeps an old C library from losing the blocks of freed tensors (`_allocator.py`)."""
-    code = f"{line}; import torch; print(torch.empty(1 << 20).data_ptr() % 4096)"
-    clean = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True
-    )
-    assert out.returncode == 0, out.stderr
-    assert (int(out.stdout) == 0) == aligned

@@ -7,14 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from pyfast_dpo import __version__
-from pyfast_dpo._allocator import align_large_tensors
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit status; `argv` defaults to `sys.argv[1:]`."""
-    align_large_tensors()
     from pyfast_dpo.cli import demo, doctor, options, train
     from pyfast_dpo.cli.console import friendly_errors
 

@@ -27,8 +27,8 @@ class KeptActivations(TrainerCallback):
 
     Args:
         max_bytes: the budget, >= 0; with 0 no layer is kept, in the first step neither. None: those of
-            the gradients on this device, or three quarters of the weights' if that is more, and at most half
-            of what is free after the first step.
+            the gradients on this device, or one and a half times those of the frozen weights if that is more,
+            and at most half of what is free after the first step.
 
     Attributes:
         layers_kept: in the last forward pass.
@@ -117,11 +117,12 @@ def _layers(module: nn.Module) -> Iterator[Any]:
 
 
 def _default_budget(model: nn.Module) -> int:
-    """The bytes of the gradients, which do not exist yet while activations peak; where few weights are
-    trained, three quarters of the bytes of all."""
+    """The bytes of the gradients, which do not exist yet while activations peak; or, where few weights are
+    trained, half of what gradients and moments of the frozen ones would take."""
     weights = [(local(p).nbytes, p.requires_grad) for p in model.parameters()]
     gradients = sum(size for size, trained in weights if trained)
-    wanted = max(gradients, sum(size for size, _ in weights) * 3 // 4)
+    frozen = sum(size for size, trained in weights if not trained)
+    wanted = max(gradients, frozen * 3 // 2)
     return min(wanted, _free_bytes(next(model.parameters()).device) // 2)
 
 

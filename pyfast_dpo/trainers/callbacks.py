@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from pyfast_dpo._allocator import keep_freed_memory
+from pyfast_dpo._allocator import use_arena
 from pyfast_dpo.diagnostics.health import chosen_falling
 
 
@@ -52,7 +52,7 @@ class KeepFreedMemory(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._end is None and args.device.type == "cpu":
-            self._end = keep_freed_memory()
+            self._end = use_arena()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._end is not None:

@@ -27,7 +27,7 @@ class PreferenceConfig(TrainingArguments):
             5.23 on; both names work.
         max_activation_bytes: >= 0, the bytes of activations, on each device, that the layers may keep, from
             the second step on; the first keeps and measures one layer, unless this is 0. None: as many as
-            the gradients take on the device, or three quarters of the weights' if that is more (LoRA), and at
+            the gradients take on the device, or one and a half times the frozen weights' if that is more (LoRA), and at
             most half of what is free after the first step. Not together with `gradient_checkpointing`.
             Compiled models and DeepSpeed recompute every layer.
         checkpointing_as_needed: no option, but whether `gradient_checkpointing` was left at its default.

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfast_dpo import _C, _ops
+from pyfast_dpo import _C, _allocator, _ops
 
 # MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: on a Zen 4 it takes 0.9 to 1.2 times our
 # time for layers of 576 to 8192, the more the larger they are (bench/bench_layers.py). That needs memory that is there
 # already, as trainers keep it: in fresh memory the packed copies of rows and weight made ours slower, by up to a
 # fifth. On Intel's own CPUs nothing was measured.
-FASTER = _C.cpu_vendor() == "AuthenticAMD" and _C.cpu_capability().startswith("avx512")
+FASTER = (
+    _allocator.AVAILABLE
+    and _C.cpu_vendor() == "AuthenticAMD"
+    and _C.cpu_capability().startswith("avx512")
+)
 FEWEST = 64  # inputs and outputs of a layer; smaller ones are no work for panels
 
 
