@@ -43,17 +43,16 @@ struct Gemm {
 // Products of float32 linear layers (linear-inl.h), a task at a time. Panels as those of Gemm.
 struct Linear {
   int64_t rows;       // of a left panel
-  int64_t left;       // floats of a left panel for one k
   int64_t columns;    // of a right panel, and its floats for one k
-  int64_t row_block;  // left panels of a task
-  int64_t tiles;      // right panels of a task
-  // One left panel of a matrix [rows, depth].
-  void (*pack_rows)(const float* in, int64_t panel, int64_t depth, int64_t rows, float* out);
+  int64_t row_block;  // left panels of a task, at most
+  int64_t tiles;      // right panels that it takes at a time
   // One right panel of the transpose of a matrix [columns, depth], and of one [depth, columns].
   void (*pack_transposed)(const float* in, int64_t tile, int64_t depth, int64_t columns,
                           float* out);
   void (*pack_columns)(const float* in, int64_t tile, int64_t depth, int64_t columns, float* out);
-  void (*product)(const LinearParams&, int64_t first_panel, int64_t first_tile);
+  int64_t (*workspace)(int64_t depth, int64_t low);  // floats of a task's
+  void (*product)(const LinearParams&, int64_t first_panel, int64_t last_panel, int64_t first_tile,
+                  int64_t last_tile, float* workspace);
 };
 
 // Attention over a row of shared prompts (attention-inl.h), a task at a time; by DType, none for

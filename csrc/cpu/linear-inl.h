@@ -1,21 +1,15 @@
 // Products of float32 linear layers, on the panels and the micro kernel of gemm-inl.h, included
 // after it.
 //
-// Both matrices are packed before the first product: rows of hidden states by all threads, and the
-// weight, which then serves every block of rows. An element is summed in order of k, in blocks of a
+// The weight is packed first, by all threads, and serves every block of rows. A task packs its own
+// rows, which stay in its second-level cache. An element is summed in order of k, in blocks of a
 // depth that the shapes alone fix.
 
-// Deeper products are summed in blocks, so that the right panels of a task, 590 KB, stay in the
-// second-level cache for all of its rows.
+// Deeper products are summed in blocks, so that the right panels that a task reads at a time, 590
+// KB, stay in the second-level cache for all of its rows.
 static constexpr int64_t kLinearDepth = 768;
-static constexpr int64_t kTiles = 6;      // right panels of a task
-static constexpr int64_t kRowBlock = 12;  // left panels of a task
-
-static void pack_linear_rows(const float* in, int64_t panel, int64_t depth, int64_t rows,
-                             float* out) {
-  const int64_t first = panel * kRows;
-  pack_transposed(in + first * depth, depth, least(kLeft, rows - first), depth, out, kLeft);
-}
+static constexpr int64_t kTiles = 6;      // right panels at a time
+static constexpr int64_t kRowBlock = 12;  // left panels of a task, at most
 
 static void pack_linear_transposed(const float* in, int64_t tile, int64_t depth, int64_t columns,
                                    float* out) {
@@ -29,26 +23,44 @@ static void pack_linear_columns(const float* in, int64_t tile, int64_t depth, in
   pack_straight<kColumns>(in + first, columns, least(kColumns, columns - first), depth, out);
 }
 
-// kRowBlock left panels times kTiles right ones; depth > 0.
-static void linear_product(const LinearParams& p, int64_t first_panel, int64_t first_tile) {
-  const int64_t panels = least((p.rows + kRows - 1) / kRows, first_panel + kRowBlock);
-  const int64_t tiles = least((p.columns + kColumns - 1) / kColumns, first_tile + kTiles);
-  // An adapter continues the last block: one that adds zeros leaves every bit as it is.
-  const int64_t own = p.depth - p.low;
-  const int64_t blocks = own <= kLinearDepth ? 1 : (own + kLinearDepth - 1) / kLinearDepth;
-  const int64_t most = (own + blocks - 1) / blocks;
+static inline int64_t linear_blocks(int64_t depth) {
+  return depth <= kLinearDepth ? 1 : (depth + kLinearDepth - 1) / kLinearDepth;
+}
+
+static int64_t linear_workspace(int64_t depth, int64_t low) {
+  const int64_t blocks = linear_blocks(depth);
+  return kRowBlock * ((depth + blocks - 1) / blocks + low) * kLeft;
+}
+
+// Left panels [first_panel, last_panel) times right ones [first_tile, last_tile).
+static void linear_product(const LinearParams& p, int64_t first_panel, int64_t last_panel,
+                           int64_t first_tile, int64_t last_tile, float* workspace) {
+  const int64_t blocks = linear_blocks(p.depth), most = (p.depth + blocks - 1) / blocks;
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t begin = least(block * most, own), end = least(begin + most, own);
-    const int64_t units = (block + 1 == blocks ? p.depth : end) - begin;
+    const int64_t begin = least(block * most, p.depth), end = least(begin + most, p.depth);
+    // An adapter continues the last block: one that adds zeros leaves every bit as it is.
+    const int64_t low = block + 1 == blocks ? p.low : 0, units = end - begin + low;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t row = panel * kRows, count = least(kLeft, p.rows - row);
+      float* left = workspace + (panel - first_panel) * units * kLeft;
+      pack_transposed(p.left + row * p.depth + begin, p.depth, count, end - begin, left, kLeft);
+      if (low > 0) {
+        pack_transposed(p.low_left + row * low, low, count, low, left + (end - begin) * kLeft,
+                        kLeft);
+      }
+    }
     const Put put = block == 0 ? Put::kStore : Put::kAdd;
-    for (int64_t panel = first_panel; panel < panels; ++panel) {
-      const int64_t row = panel * kRows;
-      const float* left = p.packed_rows + (panel * p.depth + begin) * kLeft;
-      for (int64_t tile = first_tile; tile < tiles; ++tile) {
-        const int64_t column = tile * kColumns;
-        micro<Singles>(units, left, p.packed_columns + column * p.depth + begin * kColumns,
-                       p.out + row * p.columns + column, p.columns, least(kRows, p.rows - row),
-                       least(kColumns, p.columns - column), put);
+    for (int64_t group = first_tile; group < last_tile; group += kTiles) {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t row = panel * kRows;
+        const float* left = workspace + (panel - first_panel) * units * kLeft;
+        for (int64_t tile = group; tile < least(group + kTiles, last_tile); ++tile) {
+          const int64_t column = tile * kColumns;
+          micro<Singles>(units, left,
+                         p.packed_columns + column * (p.depth + p.low) + begin * kColumns,
+                         p.out + row * p.columns + column, p.columns, least(kRows, p.rows - row),
+                         least(kColumns, p.columns - column), put);
+        }
       }
     }
   }
@@ -56,12 +68,11 @@ static void linear_product(const LinearParams& p, int64_t first_panel, int64_t f
 
 static constexpr Linear linear() {
   return {kRows,
-          kLeft,
           kColumns,
           kRowBlock,
           kTiles,
-          pack_linear_rows,
           pack_linear_transposed,
           pack_linear_columns,
+          linear_workspace,
           linear_product};
 }

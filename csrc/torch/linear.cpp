@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -40,37 +41,43 @@ Tensor product(const std::vector<Term>& terms, int64_t columns, bool transposed)
   LinearParams p{};
   p.rows = like.size(0);
   p.columns = columns;
-  for (const Term& term : terms) p.depth += term.depth;
-  p.low = p.depth - terms[0].depth;
+  p.depth = terms[0].depth;
+  p.left = data(terms[0].rows);
+  if (terms.size() > 1) {
+    p.low = terms[1].depth;
+    p.low_left = data(terms[1].rows);
+  }
   Tensor out = torch::stable::new_empty(like, {p.rows, p.columns});
-  if (p.depth == 0) return torch::stable::zero_(out);
+  const int64_t depth = p.depth + p.low;
+  if (p.rows == 0 || p.columns == 0) return out;
+  if (depth == 0) return torch::stable::zero_(out);
   const cpu::Linear& linear = cpu_kernels().linear;
-  const int64_t panels = divide_up(p.rows, linear.rows);
   const int64_t tiles = divide_up(p.columns, linear.columns);
-  const Tensor packed_rows = new_floats(like, panels * linear.left * p.depth);
-  const Tensor packed_columns = new_floats(like, tiles * linear.columns * p.depth);
-  p.packed_rows = floats(packed_rows);
+  const Tensor packed_columns = new_floats(like, tiles * linear.columns * depth);
   p.packed_columns = floats(packed_columns);
   p.out = floats(out);
   const auto pack_tile = transposed ? linear.pack_transposed : linear.pack_columns;
-  with_workspace(like, panels + tiles, 0, [&](int64_t task, float*) {
-    const bool is_tile = task < tiles;
-    const int64_t number = is_tile ? task : task - tiles;
-    const int64_t width = is_tile ? linear.columns : linear.left;
-    float* to = floats(is_tile ? packed_columns : packed_rows) + number * width * p.depth;
+  with_workspace(like, tiles, 0, [&](int64_t tile, float*) {
+    float* to = floats(packed_columns) + tile * linear.columns * depth;
     for (const Term& term : terms) {
-      if (is_tile) {
-        pack_tile(data(term.weight), number, term.depth, p.columns, to);
-      } else {
-        linear.pack_rows(data(term.rows), number, term.depth, p.rows, to);
-      }
-      to += width * term.depth;
+      pack_tile(data(term.weight), tile, term.depth, p.columns, to);
+      to += linear.columns * term.depth;
     }
   });
-  const int64_t across = divide_up(tiles, linear.tiles);
-  with_workspace(like, divide_up(panels, linear.row_block) * across, 0, [&](int64_t task, float*) {
-    linear.product(p, task / across * linear.row_block, task % across * linear.tiles);
-  });
+  // Every task packs its rows again, so columns are divided only where there are few blocks of
+  // rows.
+  const int64_t panels = divide_up(p.rows, linear.rows), groups = divide_up(tiles, linear.tiles);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = std::min(panels, threads * divide_up(panels, threads * linear.row_block));
+  const int64_t wanted = divide_up(4 * threads, blocks);
+  const int64_t width = divide_up(groups, std::min(groups, wanted)) * linear.tiles;
+  const int64_t parts = divide_up(tiles, width);
+  with_workspace(like, blocks * parts, linear.workspace(p.depth, p.low),
+                 [&](int64_t task, float* workspace) {
+                   const int64_t block = task / parts, first = task % parts * width;
+                   linear.product(p, block * panels / blocks, (block + 1) * panels / blocks, first,
+                                  std::min(first + width, tiles), workspace);
+                 });
   return out;
 }
 
