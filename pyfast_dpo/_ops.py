@@ -33,8 +33,9 @@ head_logits_ = _namespace.head_logits_
 head_grad_rows = _namespace.head_grad_rows
 head_grad_weight_ = _namespace.head_grad_weight_
 shared_prompt_attention = _namespace.shared_prompt_attention
-linear = _namespace.linear
+linear_ = _namespace.linear_
 linear_grad_rows = _namespace.linear_grad_rows
+linear_grad_weight = _namespace.linear_grad_weight
 HEAD_PANEL_ROWS: int = _C.head_panel_rows()  # the CPU's products take rows in such lots
 
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
@@ -232,13 +233,9 @@ torch.library.register_autograd(
 # --- linear layers, on the CPU ------------------------------------------------------------------
 
 
-@torch.library.register_fake("pyfast_dpo::linear")
-def _(rows, weight, low_rows=None, low_weight=None):
-    torch._check(
-        rows.dim() == 2 and weight.dim() == 2,
-        lambda: "pyfast_dpo::linear: arguments must be matrices",
-    )
-    return rows.new_empty((rows.shape[0], weight.shape[0]))
+@torch.library.register_fake("pyfast_dpo::linear_")
+def _(out, rows, weight, low_rows=None, low_weight=None):
+    return None
 
 
 @torch.library.register_fake("pyfast_dpo::linear_grad_rows")
@@ -246,24 +243,9 @@ def _(gradient, weight, low_gradient=None, low_weight=None):
     return gradient.new_empty((gradient.shape[0], weight.shape[1]))
 
 
-def _linear_backward(ctx: Any, gradient: Tensor):
-    inputs = ctx.saved_tensors
-    # For the weight's gradient torch's product is as fast: the rows are its depth.
-    return tuple(
-        None
-        if not needed
-        else gradient.T @ inputs[place - 1]
-        if place % 2
-        else linear_grad_rows(gradient, inputs[place + 1])
-        for place, needed in enumerate(ctx.needs_input_grad)
-    )
-
-
-def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-torch.library.register_autograd("pyfast_dpo::linear", _linear_backward, setup_context=_linear_setup)
+@torch.library.register_fake("pyfast_dpo::linear_grad_weight")
+def _(gradient, rows):
+    return gradient.new_empty((gradient.shape[1], rows.shape[1]))
 
 
 # --- double backward: refused by name, never a wrong number -----------------------------------------
@@ -284,5 +266,6 @@ for _name in (
     "unpaired_loss_backward",
     "shared_prompt_attention_backward",
     "linear_grad_rows",
+    "linear_grad_weight",
 ):
     _refuse_double_backward(_name)

@@ -10,6 +10,7 @@ import torch
 from _helpers import NAN, bits
 from torch import nn
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from pyfast_dpo import _C
 
@@ -35,10 +36,18 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def linear(rows, weight, *low):
+    output = torch.full((rows.shape[0], weight.shape[0]), NAN)
+    ops.linear_(output, rows, weight, *low)
+    return output
+
+
 def results(rows, weight, gradient):
-    rows, weight = rows.detach().requires_grad_(), weight.detach().requires_grad_()
-    output = ops.linear(rows, weight)
-    return [output.detach(), *torch.autograd.grad(output, (rows, weight), gradient)]
+    return [
+        linear(rows, weight),
+        ops.linear_grad_rows(gradient, weight),
+        ops.linear_grad_weight(gradient, rows),
+    ]
 
 
 @pytest.mark.numerics
@@ -64,21 +73,24 @@ def test_a_row_has_the_same_bits_for_any_threads_and_among_any_rows():
     runs = []
     for number in (1, 2, 5):
         torch.set_num_threads(number)
-        runs.append((ops.linear(a, w), ops.linear_grad_rows(g, w)))
+        runs.append(results(a, w, g))
     torch.set_num_threads(threads)
     for other in runs[1:]:
         assert all(torch.equal(bits(x), bits(y)) for x, y in zip(runs[0], other, strict=True))
     for first, last in ((0, 1), (13, 30), (150, 300)):
-        assert torch.equal(ops.linear(a[first:last], w), runs[0][0][first:last])
+        assert torch.equal(linear(a[first:last], w), runs[0][0][first:last])
         assert torch.equal(ops.linear_grad_rows(g[first:last], w), runs[0][1][first:last])
+        # Those of the weight's gradient are outputs.
+        some = ops.linear_grad_weight(g[:, first:last], a)
+        assert torch.equal(some, runs[0][2][first:last])
 
 
 @pytest.mark.numerics
 def test_a_nan_or_infinity_stays_in_its_row_and_column():
     a, w = draw(40, 50), draw(60, 50, seed=1)
-    clean = ops.linear(a, w)
+    clean = linear(a, w)
     a[7, 3], w[9, 4] = NAN, float("inf")
-    result = ops.linear(a, w)
+    result = linear(a, w)
     assert result[7].isnan().all() and not result[:7, 9].isfinite().any()
     mask = torch.ones_like(clean, dtype=torch.bool)
     mask[7], mask[:, 9] = False, False
@@ -91,13 +103,13 @@ def test_a_low_rank_term_is_added_in_the_same_pass():
     low, up, down = draw(100, 5, seed=2), draw(70, 5, seed=3), draw(5, 800, seed=4)
     g, low_g = draw(100, 70, seed=5), draw(100, 5, seed=6)
     for result, terms in (
-        (ops.linear(a, w, low, up), ((a, w.T), (low, up.T))),
+        (linear(a, w, low, up), ((a, w.T), (low, up.T))),
         (ops.linear_grad_rows(g, w, low_g, down), ((g, w), (low_g, down))),
     ):
         truth = sum(x.double() @ y.double() for x, y in terms)
         size = sum(x.abs() @ y.abs() for x, y in terms)
         assert ((result.double() - truth).abs() <= 1e-6 * size).all()
-    assert torch.equal(ops.linear(a, w, low[:, :0], up[:, :0]), ops.linear(a, w))
+    assert torch.equal(linear(a, w, low[:, :0], up[:, :0]), linear(a, w))
 
 
 @pytest.mark.numerics
@@ -106,7 +118,7 @@ def test_an_adapter_that_adds_nothing_changes_no_bit(depth):
     """So that the first loss of an adapter, whose up weight is 0, is ln 2 exactly."""
     a, w, low, g = draw(40, depth), draw(70, depth, seed=1), draw(40, 16), draw(40, depth, seed=2)
     up, down = torch.zeros(70, 16), torch.zeros(16, 70)
-    assert torch.equal(ops.linear(a, w, low, up), ops.linear(a, w))
+    assert torch.equal(linear(a, w, low, up), linear(a, w))
     back = w.T.contiguous()
     assert torch.equal(ops.linear_grad_rows(g, back, low, down), ops.linear_grad_rows(g, back))
 
@@ -114,18 +126,24 @@ def test_an_adapter_that_adds_nothing_changes_no_bit(depth):
 @pytest.mark.numerics
 def test_strided_matrices_are_taken():
     a, w = draw(50, 20), draw(50, 30, seed=1)
-    assert torch.equal(ops.linear(a.T, w.T), ops.linear(a.T.contiguous(), w.T.contiguous()))
+    assert torch.equal(linear(a.T, w.T), linear(a.T.contiguous(), w.T.contiguous()))
     wide = draw(9, 200)
-    assert torch.equal(ops.linear(wide[:, ::4], w.T), ops.linear(wide[:, ::4].contiguous(), w.T))
+    assert torch.equal(linear(wide[:, ::4], w.T), linear(wide[:, ::4].contiguous(), w.T))
+    # A gradient of a sum is one number everywhere.
+    g = torch.ones(()).expand(9, 7)
+    assert torch.equal(
+        ops.linear_grad_weight(g, wide[:, ::4]),
+        ops.linear_grad_weight(g.contiguous(), wide[:, ::4]),
+    )
 
 
 def test_operators_are_registered_correctly():
-    tensors = [draw(5, 7).requires_grad_(), draw(3, 7, seed=1).requires_grad_()]
-    low = [draw(5, 2, seed=2).requires_grad_(), draw(3, 2, seed=3).requires_grad_()]
-    opcheck(ops.linear, tensors)
-    opcheck(ops.linear, [*tensors, *low])
-    opcheck(ops.linear_grad_rows, [draw(5, 3), draw(3, 7, seed=1)])
-    opcheck(ops.linear_grad_rows, [draw(5, 3), draw(3, 7, seed=1), draw(5, 2), draw(2, 7)])
+    rows, weight, gradient = draw(5, 7), draw(3, 7, seed=1), draw(5, 3, seed=2)
+    opcheck(ops.linear_, [torch.zeros(5, 3), rows, weight])
+    opcheck(ops.linear_, [torch.zeros(5, 3), rows, weight, draw(5, 2), draw(3, 2)])
+    opcheck(ops.linear_grad_rows, [gradient, weight])
+    opcheck(ops.linear_grad_rows, [gradient, weight, draw(5, 2), draw(2, 7)])
+    opcheck(ops.linear_grad_weight, [gradient, rows])
 
 
 BAD = [
@@ -141,15 +159,38 @@ BAD = [
 
 @pytest.mark.parametrize("arguments, message", [row[:2] for row in BAD], ids=[r[2] for r in BAD])
 def test_bad_input_is_refused_with_its_values(arguments, message):
-    with pytest.raises(RuntimeError, match=f"pyfast_dpo::linear.*: .*{message}"):
-        ops.linear(*arguments())
+    with pytest.raises(RuntimeError, match=f"pyfast_dpo::linear_: .*{message}"):
+        ops.linear_(torch.zeros(3, 5), *arguments())
 
 
-def test_a_second_derivative_is_refused():
-    a, w = draw(3, 4).requires_grad_(), draw(5, 4).requires_grad_()
-    (first,) = torch.autograd.grad(ops.linear(a, w).square().sum(), a, create_graph=True)
-    with pytest.raises(NotImplementedError, match="linear_grad_rows has no second derivative"):
-        first.sum().backward()
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        (torch.zeros(3, 6), "out must have .*\\[3, 5\\].*got .*\\[3, 6\\]"),
+        (torch.zeros(3, 5).double(), "out must have dtype Float.*got dtype Double"),
+        (torch.zeros(5, 3).T, "out must be contiguous, got .*\\[3, 5\\]"),
+    ],
+    ids=["shape", "dtype", "strides"],
+)
+def test_an_output_that_does_not_fit_is_refused(out, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.linear_(out, draw(3, 4), draw(5, 4))
+
+
+def test_other_operands_of_gradients_are_refused_with_their_values():
+    with pytest.raises(RuntimeError, match=r"linear_grad_rows: weight must have .*got .*\[5, 6\]"):
+        ops.linear_grad_rows(draw(3, 4), draw(5, 6))
+    with pytest.raises(RuntimeError, match=r"linear_grad_weight: rows must have .*got .*\[4, 6\]"):
+        ops.linear_grad_weight(draw(3, 5), draw(4, 6))
+    with pytest.raises(RuntimeError, match="linear_grad_weight: arguments must be matrices"):
+        ops.linear_grad_weight(draw(3, 5, 1), draw(3, 6))
+
+
+@pytest.mark.parametrize("name", ["linear_grad_rows", "linear_grad_weight"])
+def test_a_second_derivative_is_refused(name):
+    square = draw(4, 4).requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"{name} has no second derivative"):
+        getattr(ops, name)(square, square).sum().backward()
 
 
 # --- models ---------------------------------------------------------------------------------------------
@@ -171,11 +212,11 @@ def calls(layers, monkeypatch):
     """Shapes of the weights of our products."""
     counted = []
 
-    def linear(rows, weight, *low):
+    def count(output, rows, weight, *low):
         counted.append(tuple(weight.shape))
-        return ops.linear(rows, weight, *low)
+        ops.linear_(output, rows, weight, *low)
 
-    monkeypatch.setattr(layers._ops, "linear", linear)
+    monkeypatch.setattr(layers._ops, "linear_", count)
     return counted
 
 
@@ -192,6 +233,19 @@ def test_wide_layers_compute_in_our_products_and_narrow_ones_do_not(layers, call
     layers.use_own_products(model)
     torch.testing.assert_close(model(inputs), expected, rtol=1e-5, atol=1e-6)
     assert calls == [(96, 64), (80, 64)]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "LoRA"])
+def test_the_last_product_of_a_recomputed_layer_is_spared(layers, calls, adapter):
+    model, inputs = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 80)), draw(5, 64)
+    if adapter:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"]))
+    layers.use_own_products(model)
+    output = checkpoint(model, inputs.requires_grad_(), use_reentrant=False)
+    assert calls == [(96, 64), (80, 96)]
+    output.sum().backward()
+    assert calls == [(96, 64), (80, 96), (96, 64)]
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "autocast", "float64", "compiled"])
@@ -295,11 +349,11 @@ def test_an_adapter_is_part_of_the_product_where_it_is_plain(
     peft = pytest.importorskip("peft")
     terms = []
 
-    def linear(rows, weight, *low):
+    def count(output, rows, weight, *low):
         terms.append(bool(low))
-        return ops.linear(rows, weight, *low)
+        ops.linear_(output, rows, weight, *low)
 
-    monkeypatch.setattr(layers._ops, "linear", linear)
+    monkeypatch.setattr(layers._ops, "linear_", count)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 80, bias=False))
     settings = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False, **options)

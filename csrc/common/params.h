@@ -112,14 +112,15 @@ struct HeadParams {
   const float* total;           // [V, H] or null: 0; grad_weight itself if that is float32
 };
 
-// A linear layer's product on the CPU, float32: out [R, N] = left [R, K] and low_left [R, r], side
-// by side, times K + r rows of N in right panels.
+// A linear layer's product on the CPU, float32: out [R, N] = left [R, K], or the transpose of one
+// [K, R], and low_left [R, r], side by side, times K + r rows of N in right panels.
 struct LinearParams {
   int64_t rows;
   int64_t depth;    // K
   int64_t low;      // the rank r of an adapter, or 0
   int64_t columns;  // N
   const float* left;
+  bool left_transposed;
   const float* low_left;
   const float* packed_columns;
   float* out;

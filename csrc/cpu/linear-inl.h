@@ -32,6 +32,19 @@ static int64_t linear_workspace(int64_t depth, int64_t low) {
   return kRowBlock * ((depth + blocks - 1) / blocks + low) * kLeft;
 }
 
+// The depths [begin, end) of a left panel, with those of an adapter behind them.
+static inline void pack_linear_left(const LinearParams& p, int64_t row, int64_t begin, int64_t end,
+                                    int64_t low, float* panel) {
+  const int64_t count = least(kLeft, p.rows - row), depth = end - begin;
+  if (p.left_transposed) {
+    pack_straight<kLeft>(p.left + begin * p.rows + row, p.rows, count, depth, panel);
+  } else {
+    pack_transposed(p.left + row * p.depth + begin, p.depth, count, depth, panel, kLeft);
+  }
+  if (low == 0) return;
+  pack_transposed(p.low_left + row * low, low, count, low, panel + depth * kLeft, kLeft);
+}
+
 // Left panels [first_panel, last_panel) times right ones [first_tile, last_tile).
 static void linear_product(const LinearParams& p, int64_t first_panel, int64_t last_panel,
                            int64_t first_tile, int64_t last_tile, float* workspace) {
@@ -41,13 +54,8 @@ static void linear_product(const LinearParams& p, int64_t first_panel, int64_t l
     // An adapter continues the last block: one that adds zeros leaves every bit as it is.
     const int64_t low = block + 1 == blocks ? p.low : 0, units = end - begin + low;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t row = panel * kRows, count = least(kLeft, p.rows - row);
-      float* left = workspace + (panel - first_panel) * units * kLeft;
-      pack_transposed(p.left + row * p.depth + begin, p.depth, count, end - begin, left, kLeft);
-      if (low > 0) {
-        pack_transposed(p.low_left + row * low, low, count, low, left + (end - begin) * kLeft,
-                        kLeft);
-      }
+      pack_linear_left(p, panel * kRows, begin, end, low,
+                       workspace + (panel - first_panel) * units * kLeft);
     }
     const Put put = block == 0 ? Put::kStore : Put::kAdd;
     for (int64_t group = first_tile; group < last_tile; group += kTiles) {

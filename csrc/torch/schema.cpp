@@ -49,15 +49,17 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "head_grad_weight_(Tensor(a!) out, Tensor gradient, Tensor rows, bool accumulate, "
       "Tensor? total) -> ()");
 
-  // Linear layers on the CPU, all float32: rows [R, K] weight [N, K]^T + low_rows [R, r] low_weight
-  // [N, r]^T -> [R, N]
+  // Linear layers on the CPU, all float32: out [R, N] = rows [R, K] weight [N, K]^T + low_rows [R,
+  // r] low_weight [N, r]^T
   m.def(
-      "linear(Tensor rows, Tensor weight, Tensor? low_rows=None, Tensor? low_weight=None) -> "
-      "Tensor");
+      "linear_(Tensor(a!) out, Tensor rows, Tensor weight, Tensor? low_rows=None, Tensor? "
+      "low_weight=None) -> ()");
   // gradient [R, N] weight [N, K] + low_gradient [R, r] low_weight [r, K] -> [R, K]
   m.def(
       "linear_grad_rows(Tensor gradient, Tensor weight, Tensor? low_gradient=None, Tensor? "
       "low_weight=None) -> Tensor");
+  // gradient [R, N]^T rows [R, K] -> [N, K]
+  m.def("linear_grad_weight(Tensor gradient, Tensor rows) -> Tensor");
 
   // Attention over a row of shared prompts, on the CPU: query [T, heads, D], key and value [T, key
   // heads, D] -> output [T, heads, D], log_sums [heads, T] float32. blocks [B, 4] int64 on the CPU:

@@ -41,7 +41,9 @@ def use_own_products(model: nn.Module) -> None:
 def _linear(layer: Any, inputs: Tensor) -> Tensor:
     if not _serve(inputs, layer.weight):
         return nn.Linear.forward(layer, inputs)
-    return _shaped(_ops.linear(_matrix(inputs), layer.weight), inputs, layer.bias)
+    rows = _matrix(inputs)
+    product = _filled(_Linear.apply(rows, layer.weight), rows, layer.weight)
+    return _shaped(product, inputs, layer.bias)
 
 
 def _is_wide(module: Any) -> bool:
@@ -69,35 +71,72 @@ def _adapted(layer: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         or not _serve(inputs, base.weight, down.weight, up.weight)
     ):
         return of_peft(inputs)
-    product = _AdaptedLinear.apply(
-        _matrix(inputs), base.weight, down.weight, up.weight, layer.scaling[name]
-    )
+    rows = _matrix(inputs)
+    scaling = layer.scaling[name]
+    with torch.no_grad():
+        low = (rows @ down.weight.T).mul_(scaling)
+    output = _AdaptedLinear.apply(rows, base.weight, down.weight, up.weight, low, scaling)
+    product = _filled(output, rows, base.weight, low, up.weight)
     return _shaped(product, inputs, base.bias)
 
 
+@torch.no_grad()
+def _filled(output: Tensor, *terms: Tensor) -> Tensor:
+    """Writes the product after autograd has saved its inputs: what recomputes a checkpointed layer stops when the
+    last one is saved, and spares the layer's last product."""
+    _ops.linear_(output, *terms)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """rows [R, K], weight [N, K] -> rows weight^T [R, N], which the caller writes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(rows.shape[0], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight = ctx.needs_input_grad
+        return (
+            _ops.linear_grad_rows(gradient, weight) if of_rows else None,
+            _ops.linear_grad_weight(gradient, rows) if of_weight else None,
+        )
+
+
 class _AdaptedLinear(torch.autograd.Function):
-    """rows [R, K], weight [N, K], down [r, K], up [N, r] -> rows weight^T + scaling rows down^T up^T, [R, N]."""
+    """rows [R, K], weight [N, K], down [r, K], up [N, r], low = scaling rows down^T [R, r] -> rows weight^T + low
+    up^T [R, N], which the caller writes."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, down: Tensor, up: Tensor, scaling: float
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        up: Tensor,
+        low: Tensor,
+        scaling: float,
     ) -> Tensor:
-        low = (rows @ down.T).mul_(scaling)
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scaling = scaling
-        return _ops.linear(rows, weight, low, up)
+        return rows.new_empty(rows.shape[0], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, down, up, low = ctx.saved_tensors
         low_gradient = (gradient @ up).mul_(ctx.scaling)
-        needed = ctx.needs_input_grad
+        of_rows, of_weight, of_down, of_up, *_ = ctx.needs_input_grad
         return (
-            _ops.linear_grad_rows(gradient, weight, low_gradient, down) if needed[0] else None,
-            gradient.T @ rows if needed[1] else None,
-            low_gradient.T @ rows if needed[2] else None,
-            gradient.T @ low if needed[3] else None,
+            _ops.linear_grad_rows(gradient, weight, low_gradient, down) if of_rows else None,
+            _ops.linear_grad_weight(gradient, rows) if of_weight else None,
+            low_gradient.T @ rows if of_down else None,
+            gradient.T @ low if of_up else None,
+            None,
             None,
         )
 
