@@ -36,6 +36,8 @@ shared_prompt_attention = _namespace.shared_prompt_attention
 linear_ = _namespace.linear_
 linear_grad_rows = _namespace.linear_grad_rows
 linear_grad_weight = _namespace.linear_grad_weight
+silu_gate = _namespace.silu_gate
+silu_gate_backward = _namespace.silu_gate_backward
 HEAD_PANEL_ROWS: int = _C.head_panel_rows()  # the CPU's products take rows in such lots
 
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
@@ -248,6 +250,19 @@ def _(gradient, rows):
     return gradient.new_empty((gradient.shape[1], rows.shape[1]))
 
 
+# --- gates of feed-forward layers, on the CPU -------------------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::silu_gate")
+def _(gate, up):
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("pyfast_dpo::silu_gate_backward")
+def _(grad_out, gate, up):
+    return tuple(torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+
+
 # --- double backward: refused by name, never a wrong number -----------------------------------------
 
 
@@ -267,5 +282,6 @@ for _name in (
     "shared_prompt_attention_backward",
     "linear_grad_rows",
     "linear_grad_weight",
+    "silu_gate_backward",
 ):
     _refuse_double_backward(_name)

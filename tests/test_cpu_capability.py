@@ -64,6 +64,7 @@ NUMERIC_TESTS = [
     "test_linear_statistics.py",
     "test_attention_cpu.py",
     "test_linear_layers.py",
+    "test_gates.py",
 ]
 
 

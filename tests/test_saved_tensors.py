@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 from test_attention import MODELS, make
 
 from pyfast_dpo.trainers import saved_tensors
+from pyfast_dpo.trainers.gates import SiluGate
 from pyfast_dpo.trainers.saved_tensors import SavedTensors
 
 N, H = 6, 8  # tokens, width
@@ -84,14 +85,24 @@ def test_gradients_have_the_same_bits_and_cheap_results_are_not_kept(graph, kept
     assert size == kept
 
 
-def test_a_gated_layer_keeps_its_two_products_alone():
+@pytest.mark.parametrize("own", [False, True], ids=["torch's gate", "our gate"])
+def test_a_gated_layer_keeps_its_two_products_alone(own):
     gate, up, down = nn.Linear(H, 32), nn.Linear(H, 32), nn.Linear(32, H)
     hidden = torch.randn(N, H, requires_grad=True)
     weights = [p for layer in (gate, up, down) for p in layer.parameters()]
     saved = SavedTensors([hidden, *weights])
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        down(functional.silu(gate(hidden)) * up(hidden))
+        if own:
+            output = down(SiluGate.apply(gate(hidden), up(hidden)))
+        else:
+            output = down(functional.silu(gate(hidden)) * up(hidden))
     assert saved.bytes == 2 * 4 * N * 32
+    result = torch.autograd.grad(output.sum(), [hidden, *weights])
+    expected = down(functional.silu(gate(hidden)) * up(hidden))
+    for one, other in zip(
+        result, torch.autograd.grad(expected.sum(), [hidden, *weights]), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -126,6 +126,16 @@ struct LinearParams {
   float* out;
 };
 
+// out = silu(gate) * up, or the gradients of gate and up, elementwise on the CPU.
+struct GateParams {
+  const void* gate;
+  const void* up;
+  void* out;
+  const void* grad_out;
+  void* grad_gate;
+  void* grad_up;
+};
+
 // Attention over one row of shared prompts, on the CPU. T tokens, D width of a head.
 
 // Queries that lie together in the row. Their keys are a prompt before them, all of it, and then

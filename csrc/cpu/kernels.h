@@ -55,6 +55,13 @@ struct Linear {
                   int64_t last_tile, float* workspace);
 };
 
+// The gate of a feed-forward layer (gate-inl.h), elements [first, last); by DType, none for
+// float64.
+struct Gate {
+  void (*forward[4])(const GateParams&, int64_t first, int64_t last);
+  void (*backward[4])(const GateParams&, int64_t first, int64_t last);
+};
+
 // Attention over a row of shared prompts (attention-inl.h), a task at a time; by DType, none for
 // float64.
 struct Attention {
@@ -75,6 +82,7 @@ struct Kernels {
   StatisticsOfRow statistics[2];   // by DType: float64, float32
   Gemm gemm;
   Linear linear;
+  Gate gate;
   Attention attention;
 };
 

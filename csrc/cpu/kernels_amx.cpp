@@ -19,6 +19,8 @@ namespace amx_table {
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/gate-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -40,6 +42,7 @@ const Kernels kAmxKernels = {
     {scalar_statistics_of_row, amx_table::statistics_of_row},
     amx_table::amx::gemm(),
     amx_table::linear(),
+    amx_table::gate(),
     amx_table::attention(),
 };
 

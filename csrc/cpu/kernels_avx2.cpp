@@ -19,6 +19,8 @@ namespace avx2 {
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/gate-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -35,6 +37,7 @@ const Kernels kAvx2Kernels = {
     {scalar_statistics_of_row, avx2::statistics_of_row},
     avx2::gemm<avx2::Singles>(),
     avx2::linear(),
+    avx2::gate(),
     avx2::attention(),
 };
 

@@ -19,6 +19,8 @@ namespace avx512 {
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/gate-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -35,6 +37,7 @@ const Kernels kAvx512Kernels = {
     {scalar_statistics_of_row, avx512::statistics_of_row},
     avx512::gemm<avx512::Singles>(),
     avx512::linear(),
+    avx512::gate(),
     avx512::attention(),
 };
 

@@ -19,6 +19,8 @@ namespace avx512_bf16 {
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/gate-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -38,6 +40,7 @@ const Kernels kAvx512Bf16Kernels = {
     {scalar_statistics_of_row, avx512_bf16::statistics_of_row},
     avx512_bf16::gemm<avx512_bf16::Pairs>(),
     avx512_bf16::linear(),
+    avx512_bf16::gate(),
     avx512_bf16::attention(),
 };
 

@@ -14,6 +14,8 @@ namespace generic {
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/gate-inl.h"
+//
 #include "cpu/attention-inl.h"
 //
 #include "cpu/statistics-inl.h"
@@ -31,6 +33,7 @@ const Kernels kGenericKernels = {
     {scalar_statistics_of_row, generic::statistics_of_row},
     generic::gemm<generic::Singles>(),
     generic::linear(),
+    generic::gate(),
     generic::attention(),
 };
 

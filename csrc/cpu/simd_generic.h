@@ -15,12 +15,14 @@ static inline Vec set1(float x) { PFD_EACH(x); }
 static inline Vec add(Vec a, Vec b) { PFD_EACH(a.v[i] + b.v[i]); }
 static inline Vec sub(Vec a, Vec b) { PFD_EACH(a.v[i] - b.v[i]); }
 static inline Vec mul(Vec a, Vec b) { PFD_EACH(a.v[i] * b.v[i]); }
+static inline Vec div(Vec a, Vec b) { PFD_EACH(a.v[i] / b.v[i]); }
 // The product is exact in double, so this rounds like a fused operation wherever it matters here.
 static inline Vec fma(Vec a, Vec b, Vec c) {
   PFD_EACH(static_cast<float>(static_cast<double>(a.v[i]) * b.v[i] + c.v[i]));
 }
 // The second operand wins when either is NaN.
 static inline Vec max(Vec a, Vec b) { PFD_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+static inline Vec min(Vec a, Vec b) { PFD_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 static inline Vec exponent_from_low_bits(Vec a) {
   PFD_EACH(bits_to_float(float_to_bits(a.v[i]) << 23));
 }

@@ -61,6 +61,12 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
   // gradient [R, N]^T rows [R, K] -> [N, K]
   m.def("linear_grad_weight(Tensor gradient, Tensor rows) -> Tensor");
 
+  // silu(gate) * up on the CPU, any shape -> the same shape
+  m.def("silu_gate(Tensor gate, Tensor up) -> Tensor");
+  m.def(
+      "silu_gate_backward(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor "
+      "grad_up)");
+
   // Attention over a row of shared prompts, on the CPU: query [T, heads, D], key and value [T, key
   // heads, D] -> output [T, heads, D], log_sums [heads, T] float32. blocks [B, 4] int64 on the CPU:
   // first query, queries, first and number of the prompt's keys before theirs.

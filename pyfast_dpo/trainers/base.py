@@ -32,6 +32,7 @@ from pyfast_dpo.trainers.callbacks import (
     SyncReferenceModel,
 )
 from pyfast_dpo.trainers.config import PreferenceConfig
+from pyfast_dpo.trainers.gates import use_own_gates
 from pyfast_dpo.trainers.layout import EXAMPLES, Collator, choose_ways, prepare_reference
 from pyfast_dpo.trainers.linear_layers import use_own_products
 from pyfast_dpo.trainers.metrics import MetricAverages
@@ -158,11 +159,13 @@ class PreferenceTrainer(Trainer):
         )
         if ways.shared_prompt:
             self.data_collator = shared
-        use_own_products(self._policy)
+        for each in (self._policy, ref_model):
+            if each is not None:
+                use_own_products(each)
+                use_own_gates(each)
         self.ref_model = None
         if ref_model is not None:
             prepare_reference(ref_model, ways)
-            use_own_products(ref_model)
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in one dtype
             if is_own_copy and (args.bf16 or args.fp16) and not (sharded or args.sync_ref_model):
                 narrow_linear_layers(ref_model, torch.bfloat16 if args.bf16 else torch.float16)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyfast_dpo import _ops
+
 
 class SavedTensors:
     """Hooks for `torch.autograd.graph.saved_tensors_hooks`: results of products and activation functions are
@@ -69,6 +71,7 @@ _FUNCTIONS: dict[str, Callable[[Any], Tensor]] = {
     "GeluBackward0": lambda node: functional.gelu(
         node._saved_self, approximate=node._saved_approximate
     ),
+    "SiluGateBackward": lambda node: _ops.silu_gate(*node.saved_tensors),
 }
 _MUL = "MulBackward0"
 
