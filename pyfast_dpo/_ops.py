@@ -5,6 +5,7 @@ The schemas are in `csrc/torch/schema.cpp`; this is the only file that says `tor
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NoReturn
 
@@ -38,6 +39,8 @@ linear_grad_rows = _namespace.linear_grad_rows
 linear_grad_weight = _namespace.linear_grad_weight
 silu_gate = _namespace.silu_gate
 silu_gate_backward = _namespace.silu_gate_backward
+rms_norm = _namespace.rms_norm
+rms_norm_backward = _namespace.rms_norm_backward
 HEAD_PANEL_ROWS: int = _C.head_panel_rows()  # the CPU's products take rows in such lots
 
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
@@ -250,7 +253,7 @@ def _(gradient, rows):
     return gradient.new_empty((gradient.shape[1], rows.shape[1]))
 
 
-# --- gates of feed-forward layers, on the CPU -------------------------------------------------------
+# --- gates of feed-forward layers and norms, on the CPU ---------------------------------------------
 
 
 @torch.library.register_fake("pyfast_dpo::silu_gate")
@@ -261,6 +264,19 @@ def _(gate, up):
 @torch.library.register_fake("pyfast_dpo::silu_gate_backward")
 def _(grad_out, gate, up):
     return tuple(torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+@torch.library.register_fake("pyfast_dpo::rms_norm")
+def _(input, weight, epsilon):
+    rows = math.prod(input.shape[:-1])
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    return output, input.new_empty((rows,))
+
+
+@torch.library.register_fake("pyfast_dpo::rms_norm_backward")
+def _(grad_output, input, weight, inverse, of_weight):
+    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
+    return grad_input, weight.new_empty(weight.shape if of_weight else (0,))
 
 
 # --- double backward: refused by name, never a wrong number -----------------------------------------
@@ -283,5 +299,6 @@ for _name in (
     "linear_grad_rows",
     "linear_grad_weight",
     "silu_gate_backward",
+    "rms_norm_backward",
 ):
     _refuse_double_backward(_name)

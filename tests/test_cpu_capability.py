@@ -65,6 +65,7 @@ NUMERIC_TESTS = [
     "test_attention_cpu.py",
     "test_linear_layers.py",
     "test_gates.py",
+    "test_norms.py",
 ]
 
 

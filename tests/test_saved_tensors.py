@@ -16,6 +16,7 @@ from test_attention import MODELS, make
 
 from pyfast_dpo.trainers import saved_tensors
 from pyfast_dpo.trainers.gates import SiluGate
+from pyfast_dpo.trainers.norms import RmsNorm
 from pyfast_dpo.trainers.saved_tensors import SavedTensors
 
 N, H = 6, 8  # tokens, width
@@ -51,7 +52,10 @@ GRAPHS = [
     (lambda s: s.linear(s.x * s.frozen), OWN + 32, "x is not saved for a frozen factor: the product is"),
     (lambda s: s.linear(normalized(s) * s.frozen), OWN + COLUMN + 32, "a norm with a frozen weight: from x"),
     (lambda s: s.linear(s.scale * normalized(s)), OWN + COLUMN + 32, "a norm with a trained weight: from x"),
+    (lambda s: s.linear(RmsNorm.apply(s.x, s.scale, 1e-6)), OWN + COLUMN + 32, "our norm: from x"),
+    (lambda s: s.linear(RmsNorm.apply(s.x, s.frozen, 1e-6)), OWN + COLUMN + 32, "the same with a frozen weight"),
     (lambda s: s.linear(functional.silu(s.x) * s.y), 2 * OWN, "a gated unit: gate and up"),
+    (lambda s: s.linear(SiluGate.apply(s.x, s.y)), 2 * OWN, "our gate: gate and up"),
     (lambda s: s.linear(functional.gelu(s.x) * s.y), 2 * OWN, "the same with gelu"),
     (lambda s: s.linear(functional.gelu(s.x, approximate="tanh") * s.y), 2 * OWN, "its approximation"),
     (lambda s: s.linear(functional.silu(s.x)), OWN, "an activation alone"),
@@ -85,24 +89,14 @@ def test_gradients_have_the_same_bits_and_cheap_results_are_not_kept(graph, kept
     assert size == kept
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["torch's gate", "our gate"])
-def test_a_gated_layer_keeps_its_two_products_alone(own):
+def test_a_gated_layer_keeps_its_two_products_alone():
     gate, up, down = nn.Linear(H, 32), nn.Linear(H, 32), nn.Linear(32, H)
     hidden = torch.randn(N, H, requires_grad=True)
     weights = [p for layer in (gate, up, down) for p in layer.parameters()]
     saved = SavedTensors([hidden, *weights])
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        if own:
-            output = down(SiluGate.apply(gate(hidden), up(hidden)))
-        else:
-            output = down(functional.silu(gate(hidden)) * up(hidden))
+        down(functional.silu(gate(hidden)) * up(hidden))
     assert saved.bytes == 2 * 4 * N * 32
-    result = torch.autograd.grad(output.sum(), [hidden, *weights])
-    expected = down(functional.silu(gate(hidden)) * up(hidden))
-    for one, other in zip(
-        result, torch.autograd.grad(expected.sum(), [hidden, *weights]), strict=True
-    ):
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -136,6 +136,19 @@ struct GateParams {
   void* grad_up;
 };
 
+// Rows of a width over their root mean square, times a weight [width], float32 on the CPU: out = in
+// * inverse * weight with inverse = 1 / sqrt(mean(in^2) + epsilon); or the gradient of in.
+struct NormParams {
+  int64_t width;
+  const float* in;
+  const float* weight;
+  float epsilon;
+  float* inverse;  // of every row
+  float* out;
+  const float* grad_out;
+  float* grad_in;
+};
+
 // Attention over one row of shared prompts, on the CPU. T tokens, D width of a head.
 
 // Queries that lie together in the row. Their keys are a prompt before them, all of it, and then

@@ -81,28 +81,10 @@ static inline int64_t backward_size(int64_t keys, int64_t tokens, int64_t width)
   return backward_parts(nullptr, keys, tokens, width).size;
 }
 
-static inline void fill(float* p, int64_t count, float value) {
-  for (int64_t i = 0; i < count; ++i) p[i] = value;
-}
-
 // One head of one token.
 template <class T>
 static inline const T* at(const HeadsView& view, int64_t token, int64_t head) {
   return static_cast<const T*>(view.data) + token * view.token_stride + head * view.head_stride;
-}
-
-// The first elements of a vector, the others 0; and the other way.
-template <class T>
-static inline Vec load_first(const T* in, int64_t count) {
-  T buffer[Vec::kWidth] = {};
-  for (int64_t i = 0; i < count; ++i) buffer[i] = in[i];
-  return load(buffer);
-}
-template <class T>
-static inline void store_first(T* out, Vec a, int64_t count) {
-  T buffer[Vec::kWidth];
-  store(buffer, a);
-  for (int64_t i = 0; i < count; ++i) out[i] = buffer[i];
 }
 
 template <class T>
@@ -122,15 +104,6 @@ static inline void write_row(const float* in, float factor, int64_t width, T* ou
 
 static inline void add_rows(const float* in, int64_t count, float* out) {  // whole vectors
   for (int64_t i = 0; i < count; i += Vec::kWidth) store(out + i, add(load(out + i), load(in + i)));
-}
-
-template <class T>
-static inline float dot(const T* a, const T* b, int64_t width) {
-  Vec sums = set1(0.0f);
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= width; i += Vec::kWidth) sums = fma(load(a + i), load(b + i), sums);
-  if (i < width) sums = fma(load_first(a + i, width - i), load_first(b + i, width - i), sums);
-  return reduce_add(sums);
 }
 
 // The keys or values of a block, [keys, width]: its prompt's, then its own.

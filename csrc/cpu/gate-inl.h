@@ -15,25 +15,6 @@ static inline Vec exp_of_negative(Vec x, const Vec* coefficients) {
 }
 
 template <class T>
-static inline Vec load_some(const T* from, int64_t count) {
-  if (count >= Vec::kWidth) return load(from);
-  float buffer[Vec::kWidth];
-  for (int64_t i = 0; i < Vec::kWidth; ++i) buffer[i] = i < count ? widen(from[i]) : 0.0f;
-  return load(buffer);
-}
-
-template <class T>
-static inline void store_some(T* to, Vec value, int64_t count) {
-  if (count >= Vec::kWidth) {
-    store(to, value);
-    return;
-  }
-  float buffer[Vec::kWidth];
-  store(buffer, value);
-  for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(buffer[i]);
-}
-
-template <class T>
 static void gate_forward(const GateParams& p, int64_t first, int64_t last) {
   const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
   T* out = static_cast<T*>(p.out);

@@ -62,6 +62,13 @@ struct Gate {
   void (*backward[4])(const GateParams&, int64_t first, int64_t last);
 };
 
+// Normalization by the root mean square (norm-inl.h), float32, rows [first, last).
+struct Norm {
+  void (*forward)(const NormParams&, int64_t first, int64_t last);
+  // Adds the rows' part of the weight's gradient to grad_weight [width] unless that is null.
+  void (*backward)(const NormParams&, int64_t first, int64_t last, float* grad_weight);
+};
+
 // Attention over a row of shared prompts (attention-inl.h), a task at a time; by DType, none for
 // float64.
 struct Attention {
@@ -83,6 +90,7 @@ struct Kernels {
   Gemm gemm;
   Linear linear;
   Gate gate;
+  Norm norm;
   Attention attention;
 };
 

@@ -15,13 +15,17 @@ namespace amx_table {
 //
 #include "cpu/kernels-inl.h"
 //
+#include "cpu/rows-inl.h"
+//
 #include "cpu/gemm-inl.h"
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/gate-inl.h"
 //
-#include "cpu/attention-inl.h"
+#include "cpu/norm-inl.h"
 //
 #include "cpu/statistics-inl.h"
 //
@@ -43,6 +47,7 @@ const Kernels kAmxKernels = {
     amx_table::amx::gemm(),
     amx_table::linear(),
     amx_table::gate(),
+    amx_table::norm(),
     amx_table::attention(),
 };
 

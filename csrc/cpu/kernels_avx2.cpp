@@ -15,13 +15,17 @@ namespace avx2 {
 //
 #include "cpu/kernels-inl.h"
 //
+#include "cpu/rows-inl.h"
+//
 #include "cpu/gemm-inl.h"
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/gate-inl.h"
 //
-#include "cpu/attention-inl.h"
+#include "cpu/norm-inl.h"
 //
 #include "cpu/statistics-inl.h"
 }  // namespace avx2
@@ -38,6 +42,7 @@ const Kernels kAvx2Kernels = {
     avx2::gemm<avx2::Singles>(),
     avx2::linear(),
     avx2::gate(),
+    avx2::norm(),
     avx2::attention(),
 };
 

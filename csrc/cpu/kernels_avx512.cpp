@@ -15,13 +15,17 @@ namespace avx512 {
 //
 #include "cpu/kernels-inl.h"
 //
+#include "cpu/rows-inl.h"
+//
 #include "cpu/gemm-inl.h"
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/gate-inl.h"
 //
-#include "cpu/attention-inl.h"
+#include "cpu/norm-inl.h"
 //
 #include "cpu/statistics-inl.h"
 }  // namespace avx512
@@ -38,6 +42,7 @@ const Kernels kAvx512Kernels = {
     avx512::gemm<avx512::Singles>(),
     avx512::linear(),
     avx512::gate(),
+    avx512::norm(),
     avx512::attention(),
 };
 

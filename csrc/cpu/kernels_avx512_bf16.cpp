@@ -15,13 +15,17 @@ namespace avx512_bf16 {
 //
 #include "cpu/kernels-inl.h"
 //
+#include "cpu/rows-inl.h"
+//
 #include "cpu/gemm-inl.h"
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/gate-inl.h"
 //
-#include "cpu/attention-inl.h"
+#include "cpu/norm-inl.h"
 //
 #include "cpu/statistics-inl.h"
 //
@@ -41,6 +45,7 @@ const Kernels kAvx512Bf16Kernels = {
     avx512_bf16::gemm<avx512_bf16::Pairs>(),
     avx512_bf16::linear(),
     avx512_bf16::gate(),
+    avx512_bf16::norm(),
     avx512_bf16::attention(),
 };
 

@@ -10,13 +10,17 @@ namespace generic {
 //
 #include "cpu/kernels-inl.h"
 //
+#include "cpu/rows-inl.h"
+//
 #include "cpu/gemm-inl.h"
 //
 #include "cpu/linear-inl.h"
 //
+#include "cpu/attention-inl.h"
+//
 #include "cpu/gate-inl.h"
 //
-#include "cpu/attention-inl.h"
+#include "cpu/norm-inl.h"
 //
 #include "cpu/statistics-inl.h"
 }  // namespace generic
@@ -34,6 +38,7 @@ const Kernels kGenericKernels = {
     generic::gemm<generic::Singles>(),
     generic::linear(),
     generic::gate(),
+    generic::norm(),
     generic::attention(),
 };
 

@@ -67,6 +67,14 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "silu_gate_backward(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor "
       "grad_up)");
 
+  // input [..., H] / sqrt(mean of squares + epsilon) * weight [H], float32 on the CPU -> the same
+  // shape, and the factors of rows [R]
+  m.def("rms_norm(Tensor input, Tensor weight, float epsilon) -> (Tensor output, Tensor inverse)");
+  // the gradient of the weight has no elements unless it is wanted
+  m.def(
+      "rms_norm_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor inverse, bool "
+      "of_weight) -> (Tensor grad_input, Tensor grad_weight)");
+
   // Attention over a row of shared prompts, on the CPU: query [T, heads, D], key and value [T, key
   // heads, D] -> output [T, heads, D], log_sums [heads, T] float32. blocks [B, 4] int64 on the CPU:
   // first query, queries, first and number of the prompt's keys before theirs.

@@ -72,6 +72,7 @@ _FUNCTIONS: dict[str, Callable[[Any], Tensor]] = {
         node._saved_self, approximate=node._saved_approximate
     ),
     "SiluGateBackward": lambda node: _ops.silu_gate(*node.saved_tensors),
+    "RmsNormBackward": lambda node: _ops.rms_norm(*node.saved_tensors[:2], node.epsilon)[0],
 }
 _MUL = "MulBackward0"
 
