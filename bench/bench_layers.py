@@ -1,9 +1,7 @@
-"""One float32 linear layer over a row of real pairs, forward and gradient of its inputs: our product, torch's,
-registers alone; bare and with a LoRA adapter.
+"""One float32 linear layer over a row of real pairs, forward and backward: our products, torch's, registers alone;
+trained itself, and frozen under a LoRA adapter.
 
     python bench/bench_layers.py [--rounds 15] [--threads 2] [--out bench/results]
-
-The weight is frozen, as under an adapter: for its gradient trainers call torch in any case.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ CASES = [Case(*size, adapter) for size in SIZES for adapter in (False, True)]
 
 def layer_of(case: Case) -> nn.Module:
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(case.inputs, case.outputs, bias=False)).requires_grad_(False)
+    layer = nn.Sequential(nn.Linear(case.inputs, case.outputs, bias=False))
     if not case.adapter:
         return layer
     from peft import LoraConfig, get_peft_model
@@ -70,10 +68,10 @@ def contenders(case: Case) -> dict[str, Prepare]:
 
         return make
 
-    # the layer's two products; of the adapter two forward and four backward, of low rank
-    operations = 4.0 * tokens * case.inputs * case.outputs
-    if case.adapter:
-        operations += 6.0 * tokens * RANK * (case.inputs + case.outputs)
+    product = 2.0 * tokens * case.inputs * case.outputs
+    # a frozen layer has two of three; the adapter two forward and four backward, of low rank
+    of_adapter = 6.0 * tokens * RANK * (case.inputs + case.outputs)
+    operations = 2 * product + of_adapter if case.adapter else 3 * product
     spend = load_peak("float32", torch.get_num_threads())
     return {OURS: prepare(ours), TORCH: prepare(torchs), FLOOR: lambda: lambda: spend(REPEATS * operations)}  # fmt: skip
 

@@ -262,7 +262,7 @@ def _(gate, up):
 
 
 @torch.library.register_fake("pyfast_dpo::silu_gate_backward")
-def _(grad_out, gate, up):
+def _(grad_output, gate, up):
     return tuple(torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
 
 

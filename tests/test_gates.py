@@ -130,7 +130,7 @@ def test_bad_input_is_refused_with_its_values(arguments, message):
 
 
 def test_a_gradient_of_another_shape_is_refused():
-    with pytest.raises(RuntimeError, match=r"grad_out must have .*\[3, 4\].*got .*\[3, 5\]"):
+    with pytest.raises(RuntimeError, match=r"grad_output must have .*\[3, 4\].*got .*\[3, 5\]"):
         ops.silu_gate_backward(draw(3, 5), draw(3, 4), draw(3, 4))
 
 
@@ -144,16 +144,16 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.fixture
-def gates():
+def one_pass():
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from pyfast_dpo.trainers import gates
+    from pyfast_dpo.trainers import one_pass
 
-    return gates
+    return one_pass
 
 
 @pytest.fixture
-def calls(gates, monkeypatch):
+def calls(one_pass, monkeypatch):
     """Shapes of our gates."""
     counted = []
 
@@ -161,7 +161,7 @@ def calls(gates, monkeypatch):
         counted.append(tuple(gate.shape))
         return ops.silu_gate(gate, up)
 
-    monkeypatch.setattr(gates._ops, "silu_gate", count)
+    monkeypatch.setattr(one_pass._ops, "silu_gate", count)
     return counted
 
 
@@ -214,7 +214,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("kind, ours", [row[:2] for row in LAYERS], ids=[row[2] for row in LAYERS])
-def test_a_layer_is_known_by_what_it_computes(gates, calls, kind, ours):
+def test_a_layer_is_known_by_what_it_computes(one_pass, calls, kind, ours):
     torch.manual_seed(0)
     layer, inputs = kind(), draw(2, 5, 8).requires_grad_()
 
@@ -226,13 +226,13 @@ def test_a_layer_is_known_by_what_it_computes(gates, calls, kind, ours):
         return [output.detach(), inputs.grad, *(p.grad for p in layer.parameters())]
 
     expected = run()
-    gates.use_own_gates(layer)
+    one_pass.use_one_pass(layer)
     for result, value in zip(run(), expected, strict=True):
         torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6)
     assert calls == ([(2, 5, 24)] if ours else [])
 
 
-def test_of_transformers_models_those_with_silu_gates_are_known(gates, calls):
+def test_of_transformers_models_those_with_silu_gates_are_known(one_pass, calls):
     from test_attention import MODELS, make
 
     with_gates = {
@@ -245,18 +245,18 @@ def test_of_transformers_models_those_with_silu_gates_are_known(gates, calls):
     for name in MODELS:
         model = make(name)
         expected = model(tokens).logits
-        gates.use_own_gates(model)
+        one_pass.use_one_pass(model)
         calls.clear()
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
         assert len(calls) == with_gates[name], name
 
 
 @pytest.mark.parametrize("case", ["float64", "compiled", "meta"])
-def test_what_the_kernel_does_not_take_goes_torchs_way(gates, calls, case):
+def test_what_the_kernel_does_not_take_goes_torchs_way(one_pass, calls, case):
     layer, inputs = Gated(), draw(5, 8)
     if case == "meta":
         layer, inputs = layer.to("meta"), inputs.to("meta")
-    gates.use_own_gates(layer)
+    one_pass.use_one_pass(layer)
     if case == "compiled":
         torch.compile(layer, backend="eager", fullgraph=True)(inputs)
     elif case == "float64":
@@ -266,18 +266,18 @@ def test_what_the_kernel_does_not_take_goes_torchs_way(gates, calls, case):
     assert calls == []
 
 
-def test_bfloat16_under_autocast_is_taken(gates, calls):
+def test_bfloat16_under_autocast_is_taken(one_pass, calls):
     layer, inputs = Gated(), draw(5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(inputs)
-        gates.use_own_gates(layer)
+        one_pass.use_one_pass(layer)
         torch.testing.assert_close(layer(inputs), expected, rtol=0.02, atol=0.02)
     assert calls == [(5, 24)]
 
 
-def test_a_forward_that_somebody_has_replaced_stays(gates, calls):
+def test_a_forward_that_somebody_has_replaced_stays(one_pass, calls):
     layer = Gated()
     layer.forward = lambda hidden: hidden
-    gates.use_own_gates(layer)
+    one_pass.use_one_pass(layer)
     assert layer(draw(5, 8)).shape == (5, 8)
     assert calls == []

@@ -151,16 +151,16 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.fixture
-def norms():
+def one_pass():
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from pyfast_dpo.trainers import norms
+    from pyfast_dpo.trainers import one_pass
 
-    return norms
+    return one_pass
 
 
 @pytest.fixture
-def calls(norms, monkeypatch):
+def calls(one_pass, monkeypatch):
     """Widths of our norms."""
     counted = []
 
@@ -168,7 +168,7 @@ def calls(norms, monkeypatch):
         counted.append(len(weight))
         return ops.rms_norm(inputs, weight, epsilon)
 
-    monkeypatch.setattr(norms._ops, "rms_norm", count)
+    monkeypatch.setattr(one_pass._ops, "rms_norm", count)
     return counted
 
 
@@ -214,7 +214,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind, ours", [row[:2] for row in KINDS], ids=[row[2] for row in KINDS])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_a_norm_is_known_by_what_it_computes(norms, calls, kind, ours, frozen):
+def test_a_norm_is_known_by_what_it_computes(one_pass, calls, kind, ours, frozen):
     norm, inputs = kind().requires_grad_(not frozen), draw(2, 5, 8).requires_grad_()
 
     def results():
@@ -224,13 +224,13 @@ def test_a_norm_is_known_by_what_it_computes(norms, calls, kind, ours, frozen):
         return [output.detach(), inputs.grad, torch.zeros(8) if frozen else norm.weight.grad]
 
     expected = results()
-    norms.use_own_norms(norm)
+    one_pass.use_one_pass(norm)
     for result, value in zip(results(), expected, strict=True):
         torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
     assert calls == ([8] if ours else [])
 
 
-def test_of_transformers_models_those_with_that_norm_are_known(norms, calls):
+def test_of_transformers_models_those_with_that_norm_are_known(one_pass, calls):
     from test_attention import MODELS, make
 
     # before attention and feed-forward of two layers, and at the end
@@ -243,18 +243,18 @@ def test_of_transformers_models_those_with_that_norm_are_known(norms, calls):
     for name in MODELS:
         model = make(name)
         expected = model(tokens).logits
-        norms.use_own_norms(model)
+        one_pass.use_one_pass(model)
         calls.clear()
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
         assert len(calls) == known[name], name
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "float64", "compiled", "meta"])
-def test_what_the_kernel_does_not_take_goes_torchs_way(norms, calls, case):
+def test_what_the_kernel_does_not_take_goes_torchs_way(one_pass, calls, case):
     norm, inputs = Norm(), draw(5, 8)
     if case == "meta":
         norm, inputs = norm.to("meta"), inputs.to("meta")
-    norms.use_own_norms(norm)
+    one_pass.use_one_pass(norm)
     if case == "compiled":
         torch.compile(norm, backend="eager", fullgraph=True)(inputs)
     elif case == "meta":
@@ -264,9 +264,9 @@ def test_what_the_kernel_does_not_take_goes_torchs_way(norms, calls, case):
     assert calls == []
 
 
-def test_a_forward_that_somebody_has_replaced_stays(norms, calls):
+def test_a_forward_that_somebody_has_replaced_stays(one_pass, calls):
     norm = Norm()
     norm.forward = lambda hidden: hidden
-    norms.use_own_norms(norm)
+    one_pass.use_one_pass(norm)
     assert norm(draw(5, 8)).shape == (5, 8)
     assert calls == []

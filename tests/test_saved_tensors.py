@@ -15,8 +15,7 @@ pytest.importorskip("accelerate")
 from test_attention import MODELS, make
 
 from pyfast_dpo.trainers import saved_tensors
-from pyfast_dpo.trainers.gates import SiluGate
-from pyfast_dpo.trainers.norms import RmsNorm
+from pyfast_dpo.trainers.one_pass import RmsNorm, SiluGate
 from pyfast_dpo.trainers.saved_tensors import SavedTensors
 
 N, H = 6, 8  # tokens, width

@@ -131,7 +131,7 @@ struct GateParams {
   const void* gate;
   const void* up;
   void* out;
-  const void* grad_out;
+  const void* grad_output;
   void* grad_gate;
   void* grad_up;
 };
@@ -145,7 +145,7 @@ struct NormParams {
   float epsilon;
   float* inverse;  // of every row
   float* out;
-  const float* grad_out;
+  const float* grad_output;
   float* grad_in;
 };
 

@@ -31,14 +31,14 @@ static void gate_forward(const GateParams& p, int64_t first, int64_t last) {
 template <class T>
 static void gate_backward(const GateParams& p, int64_t first, int64_t last) {
   const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
-  const T* grad_out = static_cast<const T*>(p.grad_out);
+  const T* grad_output = static_cast<const T*>(p.grad_output);
   T *grad_gate = static_cast<T*>(p.grad_gate), *grad_up = static_cast<T*>(p.grad_up);
   const Vec one = set1(1.0f);
   Vec c[6];
   load_coefficients<5>(1.0f, c);
   for (int64_t i = first; i < last; i += Vec::kWidth) {
     const Vec x = load_some(gate + i, last - i), u = load_some(up + i, last - i);
-    const Vec gradient = load_some(grad_out + i, last - i);
+    const Vec gradient = load_some(grad_output + i, last - i);
     const Vec s = div(one, add(one, exp_of_negative(x, c)));
     const Vec slope = mul(s, fma(x, sub(one, s), one));
     store_some(grad_gate + i, mul(mul(gradient, u), slope), last - i);

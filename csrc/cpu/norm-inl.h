@@ -16,16 +16,16 @@ static void norm_forward(const NormParams& p, int64_t first, int64_t last) {
   }
 }
 
-// With g = grad_out * weight: grad_in = inverse (g - in * inverse^2 * mean(g * in)).
+// With g = grad_output * weight: grad_in = inverse (g - in * inverse^2 * mean(g * in)).
 static void norm_backward(const NormParams& p, int64_t first, int64_t last, float* grad_weight) {
   for (int64_t row = first; row < last; ++row) {
-    const float *in = p.in + row * p.width, *grad_out = p.grad_out + row * p.width;
+    const float *in = p.in + row * p.width, *grad_output = p.grad_output + row * p.width;
     float* grad_in = p.grad_in + row * p.width;
     const Vec inverse = set1(p.inverse[row]);
     Vec sums = set1(0.0f);
     for (int64_t i = 0; i < p.width; i += Vec::kWidth) {
       const int64_t count = p.width - i;
-      const Vec product = mul(load_some(grad_out + i, count), load_some(in + i, count));
+      const Vec product = mul(load_some(grad_output + i, count), load_some(in + i, count));
       sums = fma(product, load_some(p.weight + i, count), sums);
       if (grad_weight != nullptr) {
         store_some(grad_weight + i, fma(product, inverse, load_some(grad_weight + i, count)),
@@ -36,7 +36,7 @@ static void norm_backward(const NormParams& p, int64_t first, int64_t last, floa
     const Vec factor = set1(-mean * p.inverse[row] * p.inverse[row]);
     for (int64_t i = 0; i < p.width; i += Vec::kWidth) {
       const int64_t count = p.width - i;
-      const Vec g = mul(load_some(grad_out + i, count), load_some(p.weight + i, count));
+      const Vec g = mul(load_some(grad_output + i, count), load_some(p.weight + i, count));
       store_some(grad_in + i, mul(inverse, fma(load_some(in + i, count), factor, g)), count);
     }
   }

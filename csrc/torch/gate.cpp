@@ -46,17 +46,18 @@ Tensor silu_gate(const Tensor& gate, const Tensor& up) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> silu_gate_backward(const Tensor& grad_out_in, const Tensor& gate,
+std::tuple<Tensor, Tensor> silu_gate_backward(const Tensor& grad_output_in, const Tensor& gate,
                                               const Tensor& up) {
   const char* op = "pyfast_dpo::silu_gate_backward";
   const Gated in = checked_gate(op, gate, up);
-  const Tensor grad_out = checked(op, "grad_out", grad_out_in, gate.scalar_type(), in.shape, gate);
+  const Tensor grad_output =
+      checked(op, "grad_output", grad_output_in, gate.scalar_type(), in.shape, gate);
   const Tensor grad_gate = torch::stable::new_empty(in.gate, in.shape);
   const Tensor grad_up = torch::stable::new_empty(in.gate, in.shape);
   GateParams p{};
   p.gate = in.gate.const_data_ptr();
   p.up = in.up.const_data_ptr();
-  p.grad_out = grad_out.const_data_ptr();
+  p.grad_output = grad_output.const_data_ptr();
   p.grad_gate = grad_gate.mutable_data_ptr();
   p.grad_up = grad_up.mutable_data_ptr();
   const auto work = cpu_kernels().gate.backward[static_cast<int>(in.dtype)];

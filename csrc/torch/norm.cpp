@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output_in, const
   const Tensor inverse = checked(op, "inverse", inverse_in, ScalarType::Float, {norm.rows}, input);
   const Tensor grad_input = torch::stable::new_empty(norm.input, norm.shape);
   NormParams p = params_of(norm, inverse);
-  p.grad_out = static_cast<const float*>(grad_output.const_data_ptr());
+  p.grad_output = static_cast<const float*>(grad_output.const_data_ptr());
   p.grad_in = floats(grad_input);
   const int64_t blocks = of_weight ? divide_up(norm.rows, kRowsOfTask) : 0;
   Tensor sums = new_floats(norm.input, blocks * norm.width);

@@ -64,7 +64,7 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
   // silu(gate) * up on the CPU, any shape -> the same shape
   m.def("silu_gate(Tensor gate, Tensor up) -> Tensor");
   m.def(
-      "silu_gate_backward(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor "
+      "silu_gate_backward(Tensor grad_output, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor "
       "grad_up)");
 
   // input [..., H] / sqrt(mean of squares + epsilon) * weight [H], float32 on the CPU -> the same

@@ -32,11 +32,10 @@ from pyfast_dpo.trainers.callbacks import (
     SyncReferenceModel,
 )
 from pyfast_dpo.trainers.config import PreferenceConfig
-from pyfast_dpo.trainers.gates import use_own_gates
 from pyfast_dpo.trainers.layout import EXAMPLES, Collator, choose_ways, prepare_reference
 from pyfast_dpo.trainers.linear_layers import use_own_products
 from pyfast_dpo.trainers.metrics import MetricAverages
-from pyfast_dpo.trainers.norms import use_own_norms
+from pyfast_dpo.trainers.one_pass import use_one_pass
 from pyfast_dpo.trainers.reference import (
     as_reference,
     computed_once,
@@ -163,8 +162,7 @@ class PreferenceTrainer(Trainer):
         for each in (self._policy, ref_model):
             if each is not None:
                 use_own_products(each)
-                use_own_gates(each)
-                use_own_norms(each)
+                use_one_pass(each)
         self.ref_model = None
         if ref_model is not None:
             prepare_reference(ref_model, ways)
