@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pyfast_dpo import _C, _allocator, _ops
 
-# MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: on a Zen 4 it takes 0.9 to 1.2 times our
-# time for layers of 576 to 8192, the more the larger they are (bench/bench_layers.py). That needs memory that is there
+# MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: on a Zen 4 it takes 1.1 to 1.5 times our
+# time for layers of 576 to 8192 (bench/bench_layers.py; 0.9 to 1.2 in an earlier run). That needs memory that is there
 # already, as trainers keep it: in fresh memory the packed copies of rows and weight made ours slower, by up to a
 # fifth. On Intel's own CPUs nothing was measured.
 FASTER = (
