@@ -8,6 +8,7 @@ which is stricter than its own half arithmetic), its gradient rounded once to th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,17 @@ def bits(tensor: Tensor) -> Tensor:
     """For comparisons in which NaN equals NaN and 0 differs from -0."""
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
     return tensor.detach().contiguous().view(integer)
+
+
+def with_threads(run: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    """What it returns with 1, 2 and 5 threads."""
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        results.append(run())
+    torch.set_num_threads(threads)
+    return results
 
 
 # --- the three results ------------------------------------------------------------------------------

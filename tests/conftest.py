@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +23,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_pass() -> Any:
+    """The module of gates and norms."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from pyfast_dpo.trainers import one_pass
+
+    return one_pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _helpers import NAN, bits
+from _helpers import NAN, bits, with_threads
 from torch.library import opcheck
 from torch.nn import functional
 
@@ -80,12 +80,9 @@ def torch_gradients(gate):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_element_has_the_same_bits_for_any_threads_and_any_neighbours(dtype):
     grad_out, gate, up = (draw(50_001, seed=i, dtype=dtype) for i in range(3))
-    threads = torch.get_num_threads()
-    runs = []
-    for number in (1, 2, 5):
-        torch.set_num_threads(number)
-        runs.append([ops.silu_gate(gate, up), *ops.silu_gate_backward(grad_out, gate, up)])
-    torch.set_num_threads(threads)
+    runs = with_threads(
+        lambda: [ops.silu_gate(gate, up), *ops.silu_gate_backward(grad_out, gate, up)]
+    )
     some = slice(3, 20)
     runs.append([ops.silu_gate(gate[some], up[some]),
                  *ops.silu_gate_backward(grad_out[some], gate[some], up[some])])  # fmt: skip
@@ -141,15 +138,6 @@ def test_a_second_derivative_is_refused():
 
 
 # --- models ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_pass():
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from pyfast_dpo.trainers import one_pass
-
-    return one_pass
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import platform
 
 import pytest
 import torch
-from _helpers import NAN, bits
+from _helpers import NAN, bits, with_threads
 from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -69,12 +69,7 @@ def test_products_are_those_of_float64(rows, inputs, outputs):
 @pytest.mark.numerics
 def test_a_row_has_the_same_bits_for_any_threads_and_among_any_rows():
     a, w, g = draw(300, 900), draw(100, 900, seed=1), draw(300, 100, seed=2)
-    threads = torch.get_num_threads()
-    runs = []
-    for number in (1, 2, 5):
-        torch.set_num_threads(number)
-        runs.append(results(a, w, g))
-    torch.set_num_threads(threads)
+    runs = with_threads(lambda: results(a, w, g))
     for other in runs[1:]:
         assert all(torch.equal(bits(x), bits(y)) for x, y in zip(runs[0], other, strict=True))
     for first, last in ((0, 1), (13, 30), (150, 300)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _helpers import NAN, bits
+from _helpers import NAN, bits, with_threads
 from torch import nn
 from torch.library import opcheck
 
@@ -64,12 +64,7 @@ def test_output_and_gradients_are_those_of_float64(shape):
 @pytest.mark.numerics
 def test_bits_do_not_depend_on_threads_and_rows_not_on_each_other():
     inputs, weight, grad_output = draw(300, 100), draw(100, seed=1), draw(300, 100, seed=2)
-    threads = torch.get_num_threads()
-    runs = []
-    for number in (1, 2, 5):
-        torch.set_num_threads(number)
-        runs.append(run(inputs, weight, grad_output))
-    torch.set_num_threads(threads)
+    runs = with_threads(lambda: run(inputs, weight, grad_output))
     for other in runs[1:]:
         assert all(torch.equal(bits(x), bits(y)) for x, y in zip(runs[0], other, strict=True))
     some = slice(70, 91)
@@ -148,15 +143,6 @@ def test_a_second_derivative_is_refused():
 
 
 # --- models ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_pass():
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from pyfast_dpo.trainers import one_pass
-
-    return one_pass
 
 
 @pytest.fixture

@@ -26,6 +26,12 @@ inline std::string describe(const Tensor& tensor) {
   return out.str();
 }
 
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape.push_back(tensor.size(i));
+  return shape;
+}
+
 inline DType logits_dtype(const char* op, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:

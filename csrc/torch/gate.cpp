@@ -27,8 +27,7 @@ Gated checked_gate(const char* op, const Tensor& gate, const Tensor& up) {
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
       ": gate must be float32, bfloat16 or float16, got ", describe(gate));
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < gate.dim(); ++i) shape.push_back(gate.size(i));
+  const std::vector<int64_t> shape = shape_of(gate);
   return {logits_dtype(op, gate), shape, torch::stable::contiguous(gate),
           checked(op, "up", up, type, shape, gate), gate.numel()};
 }

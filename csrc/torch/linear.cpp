@@ -35,8 +35,7 @@ Term checked_term(const char* op, const char* left_name, const char* right_name,
                   describe(term.right));
   std::vector<int64_t> shape{term.depth(), term.columns()};
   if (term.right_transposed) std::swap(shape[0], shape[1]);
-  term.left = checked(op, left_name, term.left, ScalarType::Float,
-                      {term.left.size(0), term.left.size(1)}, term.left);
+  term.left = checked(op, left_name, term.left, ScalarType::Float, shape_of(term.left), term.left);
   term.right = checked(op, right_name, term.right, ScalarType::Float, shape, term.left);
   return term;
 }

@@ -26,8 +26,7 @@ struct Normed {
 };
 
 Normed checked_norm(const char* op, const Tensor& input, const Tensor& weight) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < input.dim(); ++i) shape.push_back(input.size(i));
+  const std::vector<int64_t> shape = shape_of(input);
   STD_TORCH_CHECK(!shape.empty() && shape.back() > 0, op,
                   ": input must have a last dimension with elements, got ", describe(input));
   const int64_t width = shape.back();

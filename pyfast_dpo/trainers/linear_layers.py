@@ -142,12 +142,19 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _serve(*tensors: Tensor) -> bool:
-    """Whether our products take them; a sharded one, say, they do not."""
-    plain = all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32
-        for tensor in tensors
+    """Whether our products take them."""
+    return (
+        are_plain(*tensors)
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and not torch.is_autocast_enabled("cpu")
     )
-    return plain and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether kernels may read them: not if they are sharded, say, or on a device that the model was moved to
+    later, nor while a model is compiled."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return plain and not torch.compiler.is_compiling()
 
 
 def _matrix(inputs: Tensor) -> Tensor:

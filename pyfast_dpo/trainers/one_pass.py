@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyfast_dpo import _ops
+from pyfast_dpo.trainers.linear_layers import are_plain
 
 GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,7 +73,7 @@ def _silu_gate(module: Any, gate: Tensor, up: Tensor) -> Tensor:
     if (
         gate.dtype in GATE_DTYPES
         and (gate.dtype, gate.shape) == (up.dtype, up.shape)
-        and _serve(gate, up)
+        and are_plain(gate, up)
     ):
         return SiluGate.apply(gate, up)
     return module.act_fn(gate) * up
@@ -83,16 +84,10 @@ def _normalized(module: Any, inputs: Tensor) -> Tensor:
     if (
         (inputs.dtype, weight.dtype) == (torch.float32, torch.float32)
         and inputs.shape[-1:] == weight.shape
-        and _serve(inputs, weight)
+        and are_plain(inputs, weight)
     ):
         return RmsNorm.apply(inputs, weight, module.variance_epsilon)
     return type(module).forward(module, inputs)
-
-
-def _serve(*tensors: Tensor) -> bool:
-    """Not for sharded tensors, say, nor those that the model was moved to later."""
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    return plain and not torch.compiler.is_compiling()
 
 
 class SiluGate(torch.autograd.Function):
