@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _helpers import NAN, bits, name_of
+from _helpers import NAN, bits, name_of, with_threads
 from torch.library import opcheck
 
 from pyfast_dpo.attention import cpu
@@ -112,12 +112,7 @@ def test_bits_depend_on_the_group_alone(dtype) -> None:
     layout = SharedPromptLayout((Group(7, (200,)), group, Group(2, (1,))))
     leaves, gradient = inputs(layout, 4, 2, 24, dtype)
     before, count = 207, 123
-    threads = torch.get_num_threads()
-    together = []
-    for number in (1, 2, 5):
-        torch.set_num_threads(number)
-        together.append(results(cpu.attend_on_cpu, leaves, gradient, layout))
-    torch.set_num_threads(threads)
+    together = with_threads(lambda: results(cpu.attend_on_cpu, leaves, gradient, layout))
     for other in together[1:]:
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(together[0], other, strict=True))
 
