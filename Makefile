@@ -91,8 +91,8 @@ test-torches: wheel
 	  venv=$(VENV)-torch-$$version; $(PYTHON) -m venv $$venv && \
 	  env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $$venv/bin/pip install -q torch==$$version numpy pytest mpmath && \
 	  $$venv/bin/pip install -q --no-deps --force-reinstall dist/*.whl && \
-	  $$venv/bin/pytest -q -p no:cacheprovider tests/test_seq_logp.py tests/test_losses_table.py \
-	    tests/test_linear.py tests/test_numpy.py || exit 1; \
+	  $$venv/bin/pytest -q -p no:cacheprovider tests/ops/test_seq_logp.py tests/losses/test_losses_table.py \
+	    tests/logprobs/test_linear.py tests/numpy/test_numpy.py || exit 1; \
 	done
 
 # Uses the machine's own Python and packages; needs no network and no .venv.
@@ -100,4 +100,4 @@ gpu-check:
 	$(PYTHON) bench/gpu_check.py
 
 clean:
-	rm -rf build dist *.egg-info pyfast_dpo/*.so $(VENV)/.installed
+	rm -rf build dist *.egg-info pyfast_dpo/ops/*.so $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Builds pyfast_dpo._C and pyfast_dpo._arena with one ninja file: C++ by the C++ compiler, CUDA by nvcc where it is
+"""Builds pyfast_dpo.ops._C and pyfast_dpo.ops._arena with one ninja file: C++ by the C++ compiler, CUDA by nvcc where it is
 found.
 
 Environment: PYFAST_DPO_CUDA=auto|0|1 (auto: CUDA kernels when nvcc is found), CUDA_HOME,
@@ -156,9 +156,9 @@ class NinjaBuild(build_ext):
 
         stable = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
         edges = [
-            *self.edges("pyfast_dpo._C", sources, build, [stable], torch_libraries),
+            *self.edges("pyfast_dpo.ops._C", sources, build, [stable], torch_libraries),
             *self.edges(
-                "pyfast_dpo._arena", sorted(CSRC.glob("arena/*.cpp")), build, [], ["-lc10"]
+                "pyfast_dpo.ops._arena", sorted(CSRC.glob("arena/*.cpp")), build, [], ["-lc10"]
             ),
         ]
         cxx = os.environ.get("CXX", "g++")
@@ -210,6 +210,6 @@ def ninja_executable() -> str:
 
 
 setup(
-    ext_modules=[Extension(f"pyfast_dpo.{name}", sources=[]) for name in ("_C", "_arena")],
+    ext_modules=[Extension(f"pyfast_dpo.{name}", sources=[]) for name in ("ops._C", "ops._arena")],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -22,9 +22,9 @@ from peak import load_peak
 from report import Progress, noise, table, write_json
 from torch import Tensor
 
-from pyfast_dpo.attention.blocks import Scores, attend_by_blocks
-from pyfast_dpo.attention.cpu import attend_on_cpu
-from pyfast_dpo.attention.layout import Group, SharedPromptLayout
+from pyfast_dpo.layout.attention_blocks import Scores, attend_by_blocks
+from pyfast_dpo.layout.attention_cpu import attend_on_cpu
+from pyfast_dpo.layout.shared_prompt import Group, SharedPromptLayout
 
 OURS, FLOOR = "ours", "registers alone"
 PLAIN = Scores(None, 0.0, None, None)

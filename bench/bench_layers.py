@@ -19,7 +19,7 @@ from peak import load_peak
 from report import Progress, noise, table, write_json
 from torch import nn
 
-from pyfast_dpo._allocator import use_arena
+from pyfast_dpo.model.allocator import use_arena
 
 OURS, TORCH, FLOOR = "ours", "torch", "registers alone"
 RANK = 16
@@ -51,7 +51,7 @@ def layer_of(case: Case) -> nn.Module:
 
 
 def contenders(case: Case) -> dict[str, Prepare]:
-    from pyfast_dpo.trainers import linear_layers
+    from pyfast_dpo.model import linear_layers
 
     linear_layers.FASTER = True  # measured wherever this runs
     tokens = sum(map(sum, TOKENS))

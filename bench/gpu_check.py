@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = sorted((ROOT / "tests").glob("test_cuda_device*.py"))
+TESTS = sorted((ROOT / "tests" / "cuda").glob("test_*.py"))
 FAILED = "FAILED"
 
 

@@ -1,30 +1,33 @@
 """pyfast_dpo: fused kernels for preference optimization (DPO, IPO, KTO), for torch and NumPy."""
 
-from pyfast_dpo._build import build_info
-from pyfast_dpo.completion_rows import CompletionRows
-from pyfast_dpo.functional import (
-    kto_kl,
-    kto_loss,
-    preference_loss,
-    reward_loss,
-    sequence_logps,
-    token_logps,
-    unpaired_loss,
-)
-from pyfast_dpo.fused import fused_dpo_loss, fused_ipo_loss, fused_kto_loss
-from pyfast_dpo.linear import (
+from pyfast_dpo.logprobs import (
+    CompletionRows,
     FusedLinearLoss,
-    fused_linear_loss,
-    linear_sequence_logps,
-    linear_token_logps,
-)
-from pyfast_dpo.linear_losses import (
+    LinearStatistics,
+    fused_dpo_loss,
+    fused_ipo_loss,
+    fused_kto_loss,
     fused_linear_dpo_loss,
     fused_linear_ipo_loss,
     fused_linear_kto_loss,
+    fused_linear_loss,
+    linear_sequence_logps,
+    linear_token_logps,
+    sequence_logps,
+    token_logps,
 )
-from pyfast_dpo.row_statistics import LinearStatistics
-from pyfast_dpo.weighting import BcoShift, ld_row_weights, ld_token_weights, wpo_weights
+from pyfast_dpo.losses import (
+    BcoShift,
+    kto_kl,
+    kto_loss,
+    ld_row_weights,
+    ld_token_weights,
+    preference_loss,
+    reward_loss,
+    unpaired_loss,
+    wpo_weights,
+)
+from pyfast_dpo.ops.build import build_info
 
 __version__ = "0.1.0"
 

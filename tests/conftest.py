@@ -30,6 +30,6 @@ def one_pass() -> Any:
     """The module of gates and norms."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from pyfast_dpo.trainers import one_pass
+    from pyfast_dpo.model import one_pass
 
     return one_pass

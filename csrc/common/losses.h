@@ -4,8 +4,8 @@
 //     losses_pair.h      of a pair's two log-ratios, or of their difference alone
 //     losses_unpaired.h  of one log-ratio, its label and the KL estimate
 // Nothing here knows a vocabulary, a dtype of logits or a device. To add a loss: write its struct,
-// add it to the list, add its formula to pyfast_dpo/reference.py and its row to
-// pyfast_dpo/loss_table.py, which also says what the public names see (the reference or not, sums
+// add it to the list, add its formula to pyfast_dpo/losses/oracle.py and its row to
+// pyfast_dpo/losses/table.py, which also says what the public names see (the reference or not, sums
 // or averages) and which options go with them.
 #pragma once
 

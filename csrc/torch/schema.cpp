@@ -1,4 +1,4 @@
-// Every operator on one screen. Fake and autograd registrations are in pyfast_dpo/_ops.py.
+// Every operator on one screen. Fake and autograd registrations are in pyfast_dpo/ops/operators.py.
 //
 // Shapes: B sequences, T positions, V vocabulary, P pairs, N unpaired sequences. "stat" is float32,
 // or float64 for float64 inputs. The numbers a row that the forward pass hands to the backward pass

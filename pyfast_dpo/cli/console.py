@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.ops.extras import require
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         rows = load_rows(HELDOUT_FILE)[: options.heldout]
         heldout = prepare_pairs(rows, tokenizer, name="held-out")
         assert isinstance(heldout, PreparedDataset)  # rows have a length
-    from pyfast_dpo.diagnostics.heldout import pair_logps, preference_accuracy
+    from pyfast_dpo.evaluation.heldout import pair_logps, preference_accuracy
 
     print(heldout.report)
     table = add_table(trainer)

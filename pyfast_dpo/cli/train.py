@@ -12,13 +12,13 @@ import torch
 from pyfast_dpo.cli.console import friendly_errors, quiet_transformers
 from pyfast_dpo.cli.models import resolve_model
 from pyfast_dpo.data import load_rows
-from pyfast_dpo.diagnostics.curves import plot_curves
-from pyfast_dpo.diagnostics.extras import require
-from pyfast_dpo.diagnostics.health import chosen_falling
+from pyfast_dpo.evaluation.curves import plot_curves
+from pyfast_dpo.evaluation.displacement import chosen_falling
+from pyfast_dpo.ops.extras import require
 
 if TYPE_CHECKING:
-    from pyfast_dpo.diagnostics.progress import ProgressTable
     from pyfast_dpo.trainers.base import PreferenceTrainer
+    from pyfast_dpo.trainers.progress import ProgressTable
 
 # Options of one trainer only: (option, whether of KTO)
 _LOSS_OPTIONS = (
@@ -86,7 +86,7 @@ def add_table(trainer: PreferenceTrainer) -> ProgressTable:
     """Replaces the Trainer's printing by the table."""
     from transformers.trainer_callback import PrinterCallback
 
-    from pyfast_dpo.diagnostics.progress import ProgressTable
+    from pyfast_dpo.trainers.progress import ProgressTable
 
     table = ProgressTable()
     trainer.remove_callback(PrinterCallback)

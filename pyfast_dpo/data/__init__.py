@@ -1,6 +1,5 @@
 """Preference data: reading, checking, tokenizing and batching."""
 
-from pyfast_dpo.data.collators import DataCollatorForPreference, DataCollatorForUnpairedPreference
 from pyfast_dpo.data.loading import load_rows
 from pyfast_dpo.data.prepare import (
     PreparedDataset,
@@ -9,7 +8,11 @@ from pyfast_dpo.data.prepare import (
     prepare_unpaired,
 )
 from pyfast_dpo.data.report import DataReport
-from pyfast_dpo.data.shared_prompt import (
+from pyfast_dpo.layout.padded_collators import (
+    DataCollatorForPreference,
+    DataCollatorForUnpairedPreference,
+)
+from pyfast_dpo.layout.shared_prompt_collators import (
     SharedPromptCollatorForPreference,
     SharedPromptCollatorForUnpairedPreference,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.ops.extras import require
 
 Row = dict[str, Any]
 

@@ -19,7 +19,7 @@ from pyfast_dpo.data.rows import (
     parse_pair,
     parse_unpaired,
 )
-from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.ops.extras import require
 
 Example = dict[str, Any]
 Ids = np.ndarray  # int32, one dimension: a tenth of the memory of a list of ints

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast_dpo import _ops
-from pyfast_dpo._checks import LOGITS_DTYPES
-from pyfast_dpo._linear import LinearLogps, Plan, refuse_second
-from pyfast_dpo._linear_checks import (
+from pyfast_dpo.logprobs.chunks import LinearLogps, Plan, refuse_second
+from pyfast_dpo.logprobs.linear_checks import (
     checked_head,
     completion_rows,
     rows_in_budget,
     under_autocast,
 )
-from pyfast_dpo.completion_rows import CompletionRows
-from pyfast_dpo.functional import token_logps
+from pyfast_dpo.logprobs.logits import token_logps
+from pyfast_dpo.logprobs.rows import CompletionRows
+from pyfast_dpo.ops import operators
+from pyfast_dpo.ops.dtypes import LOGITS_DTYPES
 
 KNOWN_VERSIONS = ("1.15", "1.16")
 
@@ -124,7 +124,7 @@ def _replace_everywhere(name: str, old: object, new: object) -> None:
 
 
 def _keep_completion_rows(device: torch.device) -> bool:
-    return _ops.has_kernels(device.type) or _originals[COMPACT](device)
+    return operators.has_kernels(device.type) or _originals[COMPACT](device)
 
 
 class _TokenLogps(LinearLogps):
@@ -165,7 +165,7 @@ class LogProbFunction:
         Logits are `softcap * tanh(logit_scale (hidden W^T + bias) / softcap) / temperature`. Log-probs and
         entropy have gradients. A target as likely as another token is a hit (TRL: only before it).
         """
-        if not _ops.has_kernels(hidden.device.type):
+        if not operators.has_kernels(hidden.device.type):
             return _originals[HEAD].apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )  # fmt: skip
@@ -210,7 +210,7 @@ def selective_log_softmax(
     With several tokens a row, index `[..., K]`, TRL's own function answers.
     """
     one_a_row = logits.dim() >= 2 and index.shape == logits.shape[:-1]
-    known = logits.dtype in LOGITS_DTYPES and _ops.has_kernels(logits.device.type)
+    known = logits.dtype in LOGITS_DTYPES and operators.has_kernels(logits.device.type)
     if not (one_a_row and known) or temperature <= 0:
         return _originals[FROM_LOGITS](logits, index, temperature, row_mask)
     labels = index.long()

@@ -1,6 +1,6 @@
 """Trainers: `transformers.Trainer` with preference losses. Names and arguments are those of TRL."""
 
-from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.ops.extras import require
 
 require("transformers", "pyfast_dpo.trainers")
 require("accelerate", "pyfast_dpo.trainers")

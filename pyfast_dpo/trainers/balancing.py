@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyfast_dpo.trainers.scoring import Batch, Projection
+from pyfast_dpo.layout.batches import Batch
+from pyfast_dpo.model.projections import Projection
 
 
 class Balancing(NamedTuple):

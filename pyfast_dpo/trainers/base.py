@@ -23,8 +23,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
-from pyfast_dpo.integrations.transformers import causal_lm_of
-from pyfast_dpo.trainers.activations import KeptActivations
+from pyfast_dpo.layout.batches import Collator, model_inputs, token_counts
+from pyfast_dpo.model.activations import KeptActivations
+from pyfast_dpo.model.causal_lm import causal_lm_of
+from pyfast_dpo.model.linear_layers import use_own_products
+from pyfast_dpo.model.one_pass import use_one_pass
+from pyfast_dpo.model.ways import EXAMPLES, choose_ways, prepare_reference
 from pyfast_dpo.trainers.balancing import balancing_of
 from pyfast_dpo.trainers.callbacks import (
     KeepFreedMemory,
@@ -32,10 +36,7 @@ from pyfast_dpo.trainers.callbacks import (
     SyncReferenceModel,
 )
 from pyfast_dpo.trainers.config import PreferenceConfig
-from pyfast_dpo.trainers.layout import EXAMPLES, Collator, choose_ways, prepare_reference
-from pyfast_dpo.trainers.linear_layers import use_own_products
 from pyfast_dpo.trainers.metrics import MetricAverages
-from pyfast_dpo.trainers.one_pass import use_one_pass
 from pyfast_dpo.trainers.reference import (
     as_reference,
     computed_once,
@@ -44,7 +45,6 @@ from pyfast_dpo.trainers.reference import (
     with_reference,
 )
 from pyfast_dpo.trainers.sampling import token_budget_loader
-from pyfast_dpo.trainers.scoring import model_inputs, token_counts
 
 Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a stream of rows
 
@@ -351,7 +351,7 @@ class PreferenceTrainer(Trainer):
         project: Callable[..., Any],
         **options: Any,
     ) -> Any:
-        """What `project` makes of the model's projection of a batch (`trainers/scoring.py`)."""
+        """What `project` makes of the model's projection of a batch (`model/projections.py`)."""
         return model(**model_inputs(inputs), project=project, **options)
 
     def _project_balanced(

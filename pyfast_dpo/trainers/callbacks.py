@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from pyfast_dpo._allocator import use_arena
-from pyfast_dpo.diagnostics.health import chosen_falling
+from pyfast_dpo.evaluation.displacement import chosen_falling
+from pyfast_dpo.model.allocator import use_arena
 
 
 class SyncReferenceModel(TrainerCallback):

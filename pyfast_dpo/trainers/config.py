@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from pyfast_dpo._checks import check_beta, check_choice, check_weight
-from pyfast_dpo.loss_table import check_pair_options, couples_batch
-from pyfast_dpo.weighting import ld_row_weights
+from pyfast_dpo.losses.table import check_pair_options, couples_batch
+from pyfast_dpo.losses.weighting import ld_row_weights
+from pyfast_dpo.ops.checks import check_beta, check_choice, check_weight
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 

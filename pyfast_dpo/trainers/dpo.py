@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pyfast_dpo.completion_rows import CompletionRows
 from pyfast_dpo.data import (
     DataCollatorForPreference,
     PreparedDataset,
@@ -17,15 +16,16 @@ from pyfast_dpo.data import (
     StreamedDataset,
     prepare_pairs,
 )
-from pyfast_dpo.linear import FusedLinearLoss
-from pyfast_dpo.loss_table import couples_batch, needs_reference
-from pyfast_dpo.losses import preference_loss
+from pyfast_dpo.layout.batches import Collator, completion_rows, sums
+from pyfast_dpo.logprobs.linear import FusedLinearLoss
+from pyfast_dpo.logprobs.rows import CompletionRows
+from pyfast_dpo.losses.pairs import preference_loss
+from pyfast_dpo.losses.table import couples_batch, needs_reference
+from pyfast_dpo.losses.weighting import ld_row_weights
+from pyfast_dpo.model.projections import Projection
 from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
 from pyfast_dpo.trainers.config import DPOConfig
-from pyfast_dpo.trainers.layout import Collator
 from pyfast_dpo.trainers.metrics import MetricAverages
-from pyfast_dpo.trainers.scoring import Projection, completion_rows, sums
-from pyfast_dpo.weighting import ld_row_weights
 
 
 class DPOTrainer(PreferenceTrainer):

@@ -15,12 +15,12 @@ from pyfast_dpo.data import (
     StreamedDataset,
     prepare_unpaired,
 )
-from pyfast_dpo.losses import kto_kl, unpaired_loss
+from pyfast_dpo.layout.batches import Collator, completion_rows, sums
+from pyfast_dpo.losses.unpaired import kto_kl, unpaired_loss
+from pyfast_dpo.model.projections import Projection
 from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
 from pyfast_dpo.trainers.config import KTOConfig
-from pyfast_dpo.trainers.layout import Collator
 from pyfast_dpo.trainers.metrics import MetricAverages
-from pyfast_dpo.trainers.scoring import Projection, completion_rows, sums
 
 
 class KTOTrainer(PreferenceTrainer):

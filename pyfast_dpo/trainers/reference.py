@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast_dpo.data.cache import cache_folder
-from pyfast_dpo.diagnostics.extras import require
+from pyfast_dpo.ops.extras import require
 
 REFERENCE_ADAPTER = "reference"
 

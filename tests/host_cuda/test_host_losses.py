@@ -11,7 +11,7 @@ from host_cuda.harness import DTYPES, HostCuda, KernelError
 from host_cuda.truth import NAN, check
 from torch import Tensor
 
-from pyfast_dpo import reference
+from pyfast_dpo.losses import oracle
 
 
 def name_of(value: object) -> str | None:
@@ -24,7 +24,7 @@ def cuda() -> HostCuda:
 
 
 COUNTS = [0, 1, 5, 129, 64 * 128 + 3]  # none, one, part of a block, past a block, past the grid
-FORMULAS = [*reference.DIFFERENCE_FORMULAS, *reference.PAIR_FORMULAS]
+FORMULAS = [*oracle.DIFFERENCE_FORMULAS, *oracle.PAIR_FORMULAS]
 TENSORS = (
     "policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_lengths",
     "rejected_lengths", "margins", "shift",
@@ -70,7 +70,7 @@ def test_pair_losses(
     cuda: HostCuda, loss: str, variant: str, dtype: torch.dtype, count: int
 ) -> None:
     tensors, divergence, average_first = VARIANTS[variant]
-    if loss not in reference.DIFFERENCE_FORMULAS:
+    if loss not in oracle.DIFFERENCE_FORMULAS:
         divergence = "reverse_kl"
     beta, smoothing, tau, margin, alpha = 0.3, 0.1, 0.4, 0.25, 0.6
     inputs = pair_inputs(cuda, loss, count, dtype)[:tensors]
@@ -97,7 +97,7 @@ def test_pair_losses(
     wide: list[Tensor | None] = [t.double() for t in inputs]
     wide += [None] * (8 - len(wide))
     policy = [t.requires_grad_() for t in wide[:2] if t is not None]
-    truth = reference.pair_loss(
+    truth = oracle.pair_loss(
         *wide, loss, beta, smoothing, tau, margin, divergence, alpha, average_first
     )
     grads = torch.autograd.grad(truth, policy, upstream.double(), materialize_grads=True)
@@ -136,7 +136,7 @@ def test_policy_equal_to_reference(cuda: HostCuda) -> None:
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
-@pytest.mark.parametrize("loss", reference.UNPAIRED_FORMULAS)
+@pytest.mark.parametrize("loss", oracle.UNPAIRED_FORMULAS)
 def test_unpaired_losses(cuda: HostCuda, loss: str, dtype: torch.dtype, count: int) -> None:
     beta, desirable, undesirable = 0.2, 1.5, 0.7
     policy, constant = (cuda.copy(-20 * torch.rand(count, dtype=dtype)) for _ in range(2))
@@ -161,9 +161,7 @@ def test_unpaired_losses(cuda: HostCuda, loss: str, dtype: torch.dtype, count: i
 
     leaf = policy.double().requires_grad_()
     ratio = leaf - constant.double()
-    truth = reference.UNPAIRED_FORMULAS[loss](
-        ratio, labels, kl.double(), beta, desirable, undesirable
-    )
+    truth = oracle.UNPAIRED_FORMULAS[loss](ratio, labels, kl.double(), beta, desirable, undesirable)
     (grads,) = torch.autograd.grad(truth, leaf, upstream.double())
     for ours, true in ((losses, truth), (rewards, beta * ratio), (grad, grads)):
         true = true.detach()

@@ -1,0 +1,1 @@
+"""What a run shows of a model: held-out preferences, displaced likelihood, curves."""

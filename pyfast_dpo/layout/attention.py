@@ -1,0 +1,108 @@
+"""Attention over a row of prompts and responses, for any model that uses transformers' attention registry."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfast_dpo.layout import attention_cpu, attention_varlen
+from pyfast_dpo.layout.attention_blocks import Scores, attend_by_blocks
+from pyfast_dpo.layout.shared_prompt import SharedPromptLayout
+
+PREFIX = "shared_prompt_over_"  # then the implementation that serves every call without a layout
+
+
+def use_shared_prompt_attention(model: Any) -> None:
+    """Makes a `transformers` model understand the keyword `shared_prompt_layout` in its call.
+
+    With it, the model's attention keeps the responses of a row apart; pass `position_ids` from
+    `SharedPromptLayout.positions()` and `attention_mask=no_mask(...)`. Calls without it run the
+    implementation that the model had.
+
+    Raises:
+        ValueError: the model does not take its attention from the registry.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    original = model.config._attn_implementation
+    if original.startswith(PREFIX):
+        return
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"{type(model).__name__} does not take its attention function from transformers' registry"
+        )
+    name = PREFIX + original
+    AttentionInterface.register(name, shared_prompt_attention)
+    masks = AttentionMaskInterface()
+    if original in masks:
+        AttentionMaskInterface.register(name, masks[original])
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise ValueError(
+            f"{type(model).__name__} does not let its attention implementation be changed"
+        )
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """An attention mask of four dimensions: models hand it on as it is, and `shared_prompt_attention`
+    does not read it. Without a mask they would build one of [T, T] from the positions."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    shared_prompt_layout: SharedPromptLayout | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the registry: query `[1, heads, T, D]`, key and value `[1, key heads, T, D]`.
+
+    Returns `[1, T, heads, D]`. No score between two responses, or between two groups, is computed.
+
+    Raises:
+        ValueError: more than one row, another length than the layout's, or attention that it does not know
+            (sinks, a bias of positions).
+    """
+    if shared_prompt_layout is None:
+        arguments = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        if softcap is not None:
+            arguments["softcap"] = softcap
+        return _original(module)(
+            module, query, key, value, attention_mask, **arguments, **options
+        )  # fmt: skip
+    for name in ("s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"shared_prompt_attention: {name} is not supported")
+    if query.shape[0] != 1 or query.shape[2] != shared_prompt_layout.tokens:
+        raise ValueError(
+            f"shared_prompt_attention: query must be one row of {shared_prompt_layout.tokens} tokens, "
+            f"got {list(query.shape)}"
+        )
+    scores = Scores(scaling, dropout, sliding_window, softcap)
+    if attention_cpu.takes(query, key, value, scores):
+        attend = attention_cpu.attend_on_cpu
+    elif attention_varlen.takes(query, key, scores):
+        attend = attention_varlen.attend_at_once
+    else:
+        attend = attend_by_blocks
+    return attend(query, key, value, shared_prompt_layout, scores), None
+
+
+def _original(module: Any) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = module.config._attn_implementation.removeprefix(PREFIX)
+    if name == "eager":  # not in the registry: every model file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]

@@ -1,0 +1,1 @@
+"""What is done to a transformers model: projections, which ways it can go, own layers, kept activations, memory."""

@@ -1,0 +1,25 @@
+"""Kernels or plain torch: who runs a function, and in which dtype."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from pyfast_dpo.ops import operators
+from pyfast_dpo.ops.checks import check_choice
+
+Impl = Literal["auto", "fused", "torch"]
+
+
+def use_kernels_for(function: str, impl: Impl, like: Tensor) -> bool:
+    check_choice(function, "impl", impl, ("auto", "fused", "torch"))
+    if impl == "torch":
+        return False
+    available = operators.has_kernels(like.device.type)
+    if impl == "fused" and not available:
+        raise ValueError(
+            f"{function}: impl='fused' has no kernels for device {like.device} in this build; "
+            "use impl='auto' or impl='torch'"
+        )
+    return available

@@ -1,0 +1,304 @@
+"""The compiled operators for torch: fake implementations (shapes), autograd, and who may call them.
+
+The schemas are in `csrc/torch/schema.cpp`; this is the only file that says `torch.ops.pyfast_dpo`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NoReturn
+
+import torch  # loads libtorch, which _C links against
+from torch import Tensor
+
+from pyfast_dpo.ops import _C
+from pyfast_dpo.ops.dtypes import statistics_dtype
+
+if not _C.cpu_capability():
+    raise ImportError(
+        "pyfast_dpo: PYFAST_DPO_CPU_CAPABILITY must be one of "
+        f"{_C.build_facts()['cpu_kernels']} and available; this CPU offers up to "
+        f"{_C.best_cpu_capability()!r}, got {os.environ.get('PYFAST_DPO_CPU_CAPABILITY')!r}"
+    )
+
+_namespace = torch.ops.pyfast_dpo
+seq_logp = _namespace.seq_logp
+seq_logp_backward = _namespace.seq_logp_backward
+seq_logp_backward_ = _namespace.seq_logp_backward_
+seq_logp_backward_out = _namespace.seq_logp_backward_out
+pair_loss = _namespace.pair_loss
+unpaired_loss = _namespace.unpaired_loss
+row_statistics = _namespace.row_statistics
+head_logits_ = _namespace.head_logits_
+head_grad_rows = _namespace.head_grad_rows
+head_grad_weight_ = _namespace.head_grad_weight_
+shared_prompt_attention = _namespace.shared_prompt_attention
+linear_ = _namespace.linear_
+linear_grad_rows = _namespace.linear_grad_rows
+linear_grad_weight = _namespace.linear_grad_weight
+silu_gate = _namespace.silu_gate
+silu_gate_backward = _namespace.silu_gate_backward
+rms_norm = _namespace.rms_norm
+rms_norm_backward = _namespace.rms_norm_backward
+HEAD_PANEL_ROWS: int = _C.head_panel_rows()  # the CPU's products take rows in such lots
+
+_HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
+
+
+def has_kernels(device_type: str) -> bool:
+    return _HAS_KERNELS.get(device_type, False)
+
+
+# --- log-probs of labels ------------------------------------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::seq_logp")
+def _(logits, labels, ignore_index, shift, average, inplace_backward):
+    torch._check(logits.dim() == 3, lambda: "pyfast_dpo::seq_logp: logits must be [B, T, V]")
+    batch, length, _ = logits.shape
+    per_row = [
+        logits.new_empty((batch, length), dtype=statistics_dtype(logits.dtype)) for _ in range(3)
+    ]
+    per_sequence = [
+        logits.new_empty((batch,), dtype=statistics_dtype(logits.dtype)) for _ in range(2)
+    ]
+    return per_sequence[0], *per_row, per_sequence[1]
+
+
+@torch.library.register_fake("pyfast_dpo::seq_logp_backward")
+def _(
+    grad_sequence,
+    grad_token,
+    logits,
+    labels,
+    token_logps,
+    row_max,
+    row_sum,
+    sequence_scale,
+    ignore_index,
+    shift,
+    out_dtype=None,
+):
+    return logits.new_empty(logits.shape, dtype=out_dtype)
+
+
+@torch.library.register_fake("pyfast_dpo::seq_logp_backward_")
+@torch.library.register_fake("pyfast_dpo::seq_logp_backward_out")
+def _(*args):
+    return None
+
+
+def _seq_logp_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, ctx.ignore_index, ctx.shift, _, ctx.inplace = inputs
+    _, tokens, row_max, row_sum, scale = output
+    ctx.mark_non_differentiable(row_max, row_sum, scale)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, tokens, row_max, row_sum, scale)
+
+
+def _seq_logp_backward(ctx: Any, grad_sequence: Tensor | None, grad_token: Tensor | None, *_: None):
+    if grad_sequence is None and grad_token is None:
+        return (None,) * 6
+    args = (grad_sequence, grad_token, *ctx.saved_tensors, ctx.ignore_index, ctx.shift)
+    if ctx.inplace and not torch.is_grad_enabled():
+        # Writing through the saved tensor must count as a change of it, so that a second backward pass, or
+        # another operator that saved the logits, raises instead of reading the gradient as logits.
+        seq_logp_backward_(*args)
+        logits = args[2]
+        torch.autograd.graph.increment_version(logits)
+        grad = logits.detach()
+    else:
+        grad = seq_logp_backward(*args)
+    return grad, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "pyfast_dpo::seq_logp", _seq_logp_backward, setup_context=_seq_logp_setup
+)
+
+
+# --- losses on log-probs ------------------------------------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::pair_loss")
+def _(policy_chosen, *rest):
+    return tuple(torch.empty_like(policy_chosen) for _ in range(3))
+
+
+@torch.library.register_fake("pyfast_dpo::pair_loss_backward")
+def _(grad_losses, policy_chosen, *rest):
+    return torch.empty_like(policy_chosen), torch.empty_like(policy_chosen)
+
+
+@torch.library.register_fake("pyfast_dpo::unpaired_loss")
+def _(policy, *rest):
+    return torch.empty_like(policy), torch.empty_like(policy)
+
+
+@torch.library.register_fake("pyfast_dpo::unpaired_loss_backward")
+def _(grad_losses, policy, *rest):
+    return torch.empty_like(policy)
+
+
+def _loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(*output[1:])  # rewards
+    ctx.set_materialize_grads(False)
+    ctx.tensor_count = sum(1 for value in inputs if value is None or isinstance(value, Tensor))
+    ctx.options = inputs[ctx.tensor_count :]
+    ctx.save_for_backward(*inputs[: ctx.tensor_count])
+
+
+def _pair_loss_backward(ctx: Any, grad_losses: Tensor | None, *_: None):
+    rest = (None,) * (ctx.tensor_count + len(ctx.options) - 2)
+    if grad_losses is None:
+        return None, None, *rest
+    return (
+        *_namespace.pair_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options),
+        *rest,
+    )
+
+
+def _unpaired_loss_backward(ctx: Any, grad_losses: Tensor | None, *_: None):
+    rest = (None,) * (ctx.tensor_count + len(ctx.options) - 1)
+    if grad_losses is None:
+        return None, *rest
+    return _namespace.unpaired_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.options), *rest
+
+
+torch.library.register_autograd(
+    "pyfast_dpo::pair_loss", _pair_loss_backward, setup_context=_loss_setup
+)
+torch.library.register_autograd(
+    "pyfast_dpo::unpaired_loss", _unpaired_loss_backward, setup_context=_loss_setup
+)
+
+
+@torch.library.register_fake("pyfast_dpo::row_statistics")
+def _(logits, targets):
+    entropy, mean, log_sum_sq = (logits.new_empty((logits.shape[0],)) for _ in range(3))
+    return entropy, mean, logits.new_empty((logits.shape[0],), dtype=torch.bool), log_sum_sq
+
+
+# --- the lm_head on the CPU: building blocks of pyfast_dpo.logprobs.linear, which has their gradients --------
+
+
+@torch.library.register_fake("pyfast_dpo::head_logits_")
+def _(out, rows, weight):
+    return None
+
+
+@torch.library.register_fake("pyfast_dpo::head_grad_rows")
+def _(gradient, weight):
+    return gradient.new_empty((gradient.shape[0], weight.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("pyfast_dpo::head_grad_weight_")
+def _(out, gradient, rows, accumulate, total):
+    return None
+
+
+# --- attention over rows of shared prompts, on the CPU ---------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::shared_prompt_attention")
+def _(query, key, value, blocks, scale, window):
+    tokens, heads, _ = query.shape
+    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(
+        (heads, tokens), dtype=torch.float32
+    )
+
+
+@torch.library.register_fake("pyfast_dpo::shared_prompt_attention_backward")
+def _(grad_output, query, key, value, *rest):
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (query, key, value)
+    )
+
+
+def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, blocks, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, blocks)
+
+
+def _attention_backward(ctx: Any, grad_output: Tensor, _: Any):
+    gradients = _namespace.shared_prompt_attention_backward(
+        grad_output, *ctx.saved_tensors, *ctx.options
+    )
+    return *gradients, None, None, None
+
+
+torch.library.register_autograd(
+    "pyfast_dpo::shared_prompt_attention", _attention_backward, setup_context=_attention_setup
+)
+
+
+# --- linear layers, on the CPU ------------------------------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::linear_")
+def _(out, rows, weight, low_rows=None, low_weight=None):
+    return None
+
+
+@torch.library.register_fake("pyfast_dpo::linear_grad_rows")
+def _(gradient, weight, low_gradient=None, low_weight=None):
+    return gradient.new_empty((gradient.shape[0], weight.shape[1]))
+
+
+@torch.library.register_fake("pyfast_dpo::linear_grad_weight")
+def _(gradient, rows):
+    return gradient.new_empty((gradient.shape[1], rows.shape[1]))
+
+
+# --- gates of feed-forward layers and norms, on the CPU ---------------------------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::silu_gate")
+def _(gate, up):
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("pyfast_dpo::silu_gate_backward")
+def _(grad_output, gate, up):
+    return tuple(torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+@torch.library.register_fake("pyfast_dpo::rms_norm")
+def _(input, weight, epsilon):
+    rows = math.prod(input.shape[:-1])
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    return output, input.new_empty((rows,))
+
+
+@torch.library.register_fake("pyfast_dpo::rms_norm_backward")
+def _(grad_output, input, weight, inverse, of_weight):
+    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
+    return grad_input, weight.new_empty(weight.shape if of_weight else (0,))
+
+
+# --- double backward: refused by name, never a wrong number -----------------------------------------
+
+
+def _refuse_double_backward(name: str) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"pyfast_dpo::{name} has no second derivative; use impl='torch' for double backward"
+        )
+
+    torch.library.register_autograd(f"pyfast_dpo::{name}", backward)
+
+
+for _name in (
+    "seq_logp_backward",
+    "pair_loss_backward",
+    "unpaired_loss_backward",
+    "shared_prompt_attention_backward",
+    "linear_grad_rows",
+    "linear_grad_weight",
+    "silu_gate_backward",
+    "rms_norm_backward",
+):
+    _refuse_double_backward(_name)
