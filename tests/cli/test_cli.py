@@ -16,9 +16,8 @@ pytest.importorskip("matplotlib")
 
 from tiny_models import CHAT_TEMPLATE, make_model, make_pairs, make_tokenizer
 
-from pyfast_dpo.cli import models
+from pyfast_dpo.cli import main, models
 from pyfast_dpo.cli.options import with_underscores
-from pyfast_dpo.data.demo_pairs import main
 from pyfast_dpo.evaluation.curves import plot_curves
 from pyfast_dpo.evaluation.displacement import chosen_falling
 from pyfast_dpo.ops.extras import require

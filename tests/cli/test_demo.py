@@ -14,9 +14,9 @@ pytest.importorskip("matplotlib")
 import torch
 from tiny_models import make_model, make_pairs, make_tokenizer
 
+from pyfast_dpo.cli import main
 from pyfast_dpo.cli.demo import QUESTION
 from pyfast_dpo.data import DataCollatorForPreference, demo_pairs, prepare_pairs
-from pyfast_dpo.data.demo_pairs import main
 from pyfast_dpo.evaluation.heldout import pair_logps, preference_accuracy
 from pyfast_dpo.model.projections import take_projections
 

@@ -66,8 +66,8 @@ def test_names_in_contributing_exist():
         ("PairLosses", "csrc/common/losses.h"),
         ("OfDifference", "csrc/common/losses_pair.h"),
         ("OfBoth", "csrc/common/losses_pair.h"),
-        ("DIFFERENCE_FORMULAS", "pyfast_dpo/reference.py"),
-        ("PAIR_LOSSES", "pyfast_dpo/loss_table.py"),
+        ("DIFFERENCE_FORMULAS", "pyfast_dpo/losses/oracle.py"),
+        ("PAIR_LOSSES", "pyfast_dpo/losses/table.py"),
         ("FORMULAS", "tests/losses/test_losses_table.py"),
     ):
         assert name in text and re.search(rf"\b{name}\b", (ROOT / path).read_text()), (name, path)

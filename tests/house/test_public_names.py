@@ -16,8 +16,8 @@ CORE = {
         "linear_token_logps preference_loss reward_loss sequence_logps token_logps unpaired_loss wpo_weights"
     ),
     "pyfast_dpo.numpy": (
-        "PairResult UnpairedResult compute_sequence_logprob dpo_loss ipo_loss kto_loss preference_loss "
-        "reward_loss unpaired_loss"
+        "PairResult PreferencePair RewardResult UnpairedResult compute_sequence_logprob create_preference_batch "
+        "dpo_loss ipo_loss kto_loss preference_loss reward_loss unpaired_loss"
     ),
     "pyfast_dpo.distributed": "vocab_parallel_sequence_logps vocab_parallel_token_logps",
 }

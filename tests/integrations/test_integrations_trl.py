@@ -429,7 +429,7 @@ def test_a_device_without_kernels_keeps_trls_functions(monkeypatch):
     arguments = (hidden, weight, None, torch.arange(9), 1.0, 32768, None, 1.0, ALL)
     theirs = utils._ChunkedLogProbFunction.apply(*arguments)
     with drop_in.patched():
-        monkeypatch.setattr(drop_in._ops, "has_kernels", lambda device: False)
+        monkeypatch.setattr(drop_in.operators, "has_kernels", lambda device: False)
         ours = utils._ChunkedLogProbFunction.apply(*arguments)
         assert not utils._use_triton(torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -116,7 +116,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_threads():
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
 def test_it_is_a_proper_operator(dtype):
     arguments = torch.randn(3, 5, dtype=dtype), torch.tensor([0, 4, 2])
-    torch.library.opcheck(torch.ops.pyfast_dpo.logprobs.statistics, arguments)
+    torch.library.opcheck(torch.ops.pyfast_dpo.row_statistics, arguments)
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def calls(layers, monkeypatch):
         counted.append(tuple(weight.shape))
         ops.linear_(output, rows, weight, *low)
 
-    monkeypatch.setattr(layers._ops, "linear_", count)
+    monkeypatch.setattr(layers.operators, "linear_", count)
     return counted
 
 
@@ -348,7 +348,7 @@ def test_an_adapter_is_part_of_the_product_where_it_is_plain(
         terms.append(bool(low))
         ops.linear_(output, rows, weight, *low)
 
-    monkeypatch.setattr(layers._ops, "linear_", count)
+    monkeypatch.setattr(layers.operators, "linear_", count)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 80, bias=False))
     settings = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False, **options)

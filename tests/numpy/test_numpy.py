@@ -273,9 +273,10 @@ def test_reward_loss_by_hand(rng):
     losses = -np.log(sigmoid(chosen - rejected - margins)) + 0.1 * (chosen + rejected) ** 2
     assert result.loss == pytest.approx(losses.mean(), rel=1e-12)
     slope = -sigmoid(-(chosen - rejected - margins))
-    np.testing.assert_allclose(result[2], (slope + 0.2 * (chosen + rejected)) / 5)
-    np.testing.assert_allclose(result[3], (-slope + 0.2 * (chosen + rejected)) / 5)
-    assert result.metrics["rewards/accuracies"] == (chosen > rejected).mean()
+    np.testing.assert_allclose(result.grad_chosen, (slope + 0.2 * (chosen + rejected)) / 5)
+    np.testing.assert_allclose(result.grad_rejected, (-slope + 0.2 * (chosen + rejected)) / 5)
+    loss, grad_chosen, grad_rejected = result
+    assert (loss, len(grad_chosen), len(grad_rejected)) == (result.loss, 5, 5)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_reward_loss_by_hand(rng):
         (lambda: dpo_np.preference_loss(ONES, ONES, margins=np.ones(2)), ["margins", "[2]"]),
         (lambda: dpo_np.preference_loss(ONES, ONES, loss_type="bco_pair", bco_shift=math.inf), ["bco_shift", "inf"]),
         (lambda: dpo_np.unpaired_loss(ONES, ONES > 0, loss_type="bco", kl=0.1), ["kl", "'bco'"]),
-        (lambda: dpo_np.reward_loss(ONES, np.ones(1)), ["rejected_rewards", "chosen_rewards"]),
+        (lambda: dpo_np.reward_loss(ONES, np.ones(1)), ["rejected must", "chosen"]),
         (lambda: dpo_np.reward_loss(ONES, ONES, center_rewards_coefficient=-1), ["center_rewards_coefficient", "-1"]),
     ],
 )  # fmt: skip
