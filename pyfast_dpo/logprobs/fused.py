@@ -9,13 +9,10 @@ from torch import Tensor
 
 from pyfast_dpo.logprobs.logits import checked_logps
 from pyfast_dpo.losses.mean import mean_of_losses
-from pyfast_dpo.losses.pairs import preference_loss
+from pyfast_dpo.losses.stacked import StackedLoss
 from pyfast_dpo.losses.table import (
     LOSS_OPTIONS,
     LossType,
-    check_pair_options,
-    takes_averages,
-    takes_only_averages,
 )
 from pyfast_dpo.losses.unpaired import kto_loss
 from pyfast_dpo.ops.checks import (
@@ -165,14 +162,21 @@ def _fused_pair_loss(
     unknown = sorted(set(loss_options) - LOSS_OPTIONS)
     if unknown:
         raise TypeError(f"{name}: unexpected keyword argument {unknown[0]!r}")
-    terms = check_pair_options(name, loss_type, beta, label_smoothing, **loss_options)
     if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:
         raise ValueError(
             f"{name}: policy_logits must have shape [2P, T, V], chosen rows first, then as many rejected "
             f"rows, got {describe(policy_logits)}"
         )
-    pairs = policy_logits.shape[0] // 2
-    check_per_sequence(name, pairs, policy_logits, margins=loss_options.get("margins"))
+    loss = StackedLoss.checked(
+        name,
+        policy_logits.shape[0] // 2,
+        policy_logits,
+        loss_type,
+        beta,
+        label_smoothing,
+        loss_options,
+        impl,
+    )
     policy, reference = _policy_and_reference_logps(
         name,
         policy_logits,
@@ -181,28 +185,14 @@ def _fused_pair_loss(
         reference_logits,
         inplace_backward,
         impl=impl,
-        average=takes_only_averages(terms) if average is None else average,
+        average=loss.takes_averages(average),
         shift=shift,
         ignore_index=ignore_index,
         validate=validate,
     )
-    lengths = None
-    if average is None and takes_averages(terms) and not takes_only_averages(terms):
-        lengths = scored_lengths(labels, shift, ignore_index)
-    chosen, rejected = policy[:pairs], policy[pairs:]
-    result = preference_loss(
-        chosen,
-        rejected,
-        None if reference is None else reference[:pairs],
-        None if reference is None else reference[pairs:],
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        chosen_lengths=None if lengths is None else lengths[:pairs],
-        rejected_lengths=None if lengths is None else lengths[pairs:],
-        impl=impl,
-        **loss_options,
-    )
+    lengths = scored_lengths(labels, shift, ignore_index) if loss.takes_lengths(average) else None
+    result = loss.of(policy, reference, lengths)
+    chosen, rejected = policy.reshape(2, -1)
     return FusedPreferenceLoss(
         mean_of_losses(result.losses),
         chosen.detach(),

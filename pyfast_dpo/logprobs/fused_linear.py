@@ -11,14 +11,10 @@ from pyfast_dpo.logprobs.fused import FusedPreferenceLoss, FusedUnpairedLoss
 from pyfast_dpo.logprobs.linear import fused_linear_loss, linear_sequence_logps
 from pyfast_dpo.logprobs.linear_checks import check_labels_or_rows, outside_graphs
 from pyfast_dpo.logprobs.rows import CompletionRows
-from pyfast_dpo.losses.pairs import preference_loss
+from pyfast_dpo.losses.stacked import StackedLoss
 from pyfast_dpo.losses.table import (
     LOSS_OPTIONS,
     LossType,
-    check_pair_options,
-    couples_batch,
-    takes_averages,
-    takes_only_averages,
 )
 from pyfast_dpo.losses.unpaired import kto_loss
 from pyfast_dpo.ops.checks import (
@@ -161,7 +157,6 @@ def _pair_loss(
 ) -> FusedPreferenceLoss:
     loss_options = {key: options[key] for key in options.keys() & LOSS_OPTIONS}
     head_options = {key: options[key] for key in options.keys() - LOSS_OPTIONS}
-    terms = check_pair_options(name, loss_type, beta, label_smoothing, **loss_options)
     count = _sequences(name, hidden, labels, rows)
     if count % 2 or (rows is None and hidden.dim() != 3):
         raise ValueError(
@@ -169,47 +164,28 @@ def _pair_loss(
             f"rejected, got {describe(hidden)} and {count} sequences"
         )
     pairs = count // 2
-    margins = loss_options.pop("margins", None)
-    check_per_sequence(name, pairs, hidden, margins=margins)
-    averaged = takes_only_averages(terms) if average is None else average
-    shared: dict[str, Any] = {"rows": rows, "average": averaged, **head_options}
+    impl = head_options.get("impl", "auto")
+    loss = StackedLoss.checked(
+        name, pairs, hidden, loss_type, beta, label_smoothing, loss_options, impl
+    )
+    shared: dict[str, Any] = {
+        "rows": rows, "average": loss.takes_averages(average), **head_options,
+    }  # fmt: skip
     reference = _reference_logps(name, hidden, weight, labels, count, bias, reference_forms, shared)
     lengths = None
-    if average is None and takes_averages(terms) and not averaged:
+    if loss.takes_lengths(average):
         check_labels_or_rows(name, hidden, labels, rows)
         lengths = rows.counts if rows is not None else _counts(labels, **head_options)
-    coupled = couples_batch(loss_type)
 
     def loss_fn(logps: Tensor, units: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-        own = slice(None) if coupled else units
-
-        def both(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            return (None, None) if values is None else (values[:pairs][own], values[pairs:][own])
-
-        chosen, rejected = logps.reshape(2, -1)
-        chosen_reference, rejected_reference = both(reference)
-        chosen_lengths, rejected_lengths = both(lengths)
-        result = preference_loss(
-            chosen,
-            rejected,
-            chosen_reference,
-            rejected_reference,
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            margins=None if margins is None else margins[own],
-            impl=head_options.get("impl", "auto"),
-            **loss_options,
-        )
+        own = slice(None) if loss.couples_batch else units
+        result = loss.of(logps, reference, lengths, own)
         kept = (result.chosen_rewards, result.rejected_rewards, result.losses)
         return _share(result.losses, pairs), kept
 
-    group = None if coupled else 2
+    group = None if loss.couples_batch else 2
     result = fused_linear_loss(hidden, weight, labels, loss_fn, group=group, bias=bias, **shared)
-    chosen, rejected = result.logps.chunk(2) if pairs else (result.logps, result.logps)
-    return FusedPreferenceLoss(result.loss, chosen, rejected, *result.outputs)
+    return FusedPreferenceLoss(result.loss, *result.logps.reshape(2, -1), *result.outputs)
 
 
 def _counts(

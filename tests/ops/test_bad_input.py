@@ -290,7 +290,7 @@ def test_option(name, options, error, words, impl) -> None:
 @pytest.mark.parametrize("name", ["fused_dpo_loss", "fused_ipo_loss", "fused_kto_loss"])
 def test_options_are_refused_before_the_work_on_the_logits(name, monkeypatch) -> None:
     monkeypatch.setattr(
-        "pyfast_dpo.logprobs.fused._seq_logp", lambda *a, **o: pytest.fail("logits read")
+        "pyfast_dpo.logprobs.fused.checked_logps", lambda *a, **o: pytest.fail("logits read")
     )
     refused(lambda: CALLS[name](beta=0), ValueError, "beta")
 
