@@ -10,11 +10,12 @@ export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format bench sdist wheel test-torches gpu-check clean
+.PHONY: help demo test test-fast lint format bench sdist wheel test-torches gpu-check clean
 
 help:
 	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
 	@echo "make test       build everything and run every test"
+	@echo "make test-fast  what one runs after every edit: everything that takes no trainer, no compiler, no process"
 	@echo "make bench      measure everything against its peers; writes bench/results (an hour)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     apply ruff and clang-format"
@@ -54,8 +55,12 @@ $(VENV)/.peers: $(VENV)/.installed
 demo: $(VENV)/.demo-model
 	$(BIN)/pyfast-dpo demo
 
-test: $(VENV)/.installed
+# With TRL and Liger: the drop-in is tested against the real ones.
+test: $(VENV)/.peers
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -x -m "not slow"
 
 bench: $(VENV)/.peers $(VENV)/.demo-model
 	$(BIN)/python bench/bench_ops.py
