@@ -1,46 +1,42 @@
 """Times the losses on a GPU against floors measured in the same rounds, and against the peers that are installed.
 
-    python bench/bench_gpu.py [--json FILE] [--repeats N]     on a GPU
-    python bench/bench_gpu.py --predict [--json FILE]         counted bytes, FLOPs and instructions; needs no GPU
-    python bench/bench_gpu.py --rehearse                      tiny shapes on the CPU: does the script work?
+    python bench/bench_gpu.py [--only GROUP ...] [--json FILE] [--repeats N]     on a GPU
+    python bench/bench_gpu.py --predict [--json FILE]     counted bytes, FLOPs and instructions; needs no GPU
+    python bench/bench_gpu.py --rehearse                  tiny shapes on the CPU: does the script work?
 
-Contestants take turns in one process. `of floor` is the share of the floor that a contestant reaches. From
-logits the floor is a device-to-device copy, and the share that of its bandwidth on the bytes that the work
-needs: 2 an element for a bf16 forward pass (read), 6 for forward + in-place backward (read, read, write). From
-hidden states it is the bare products: three of them, two with a frozen head.
+Groups: logits, head, attention, training, compiled. Contestants take turns in one process. The file is written after
+every workload, and keeps the rows of workloads that are not measured anew. `of floor` is the share of the floor
+that a contestant reaches. From logits the floor is a device-to-device copy, and the share that of its bandwidth on the
+bytes that the work needs: 2 an element for a bf16 forward pass (read), 6 for forward + in-place backward (read, read,
+write). From hidden states it is the bare products: three of them, two with a frozen head. Attention and training
+have none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_contenders import (
-    LinearBatch,
-    captured,
-    linear_contestants,
-    logits_contestants,
-    ours_step,
-    torch_step,
-)
-from torch import Tensor
+from gpu_attention import Heads, attention
+from gpu_contenders import captured, compiled_contestants, logits_contestants, ours_step, torch_step
+from gpu_heads import LinearBatch, linear_contestants
+from gpu_measure import FLOOR, MIB, Bench, Cpu, Cuda, Row, reason, table
+from gpu_training import ModelShape, training_step
 
+import pyfast_dpo
 from pyfast_dpo import CompletionRows
 
-MIB = 1 << 20
 CACHE_BYTES = 256 * MIB  # more than any L2 cache holds
-AHEAD_CYCLES = 6_000_000  # the device sleeps about 3 ms while the host queues the timed work
-FLOOR = "floor"
+GROUPS = ("logits", "head", "training", "attention", "compiled")
+Job = tuple[str, Callable[[], list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -49,319 +45,245 @@ class Plan:
 
     logits: list[tuple[tuple[int, int, int], float, float]]  # [B, T, V]; forward, with backward
     step: tuple[int, int, int]
-    linear: tuple[int, int, int, int]  # sequences, positions, hidden, vocabulary
-    chunks: list[int]
+    linear: list[tuple[int, int, int, int]]  # sequences, positions, hidden, vocabulary
+    chunks: list[int]  # bytes, beside the default, of the first of these
+    attention: Heads
+    model: ModelShape
 
 
 PLAN = Plan(
     logits=[
         ((16, 512, 128256), 0.90, 0.85),  # 8192 rows, Llama 3
-        ((16, 512, 151936), 0.90, 0.85),  # the same, Qwen
-        ((64, 1, 151936), 0.70, 0.70),  # few long rows
+        ((64, 1, 151936), 0.75, 0.75),  # few long rows
+        ((16, 512, 151936), 0.90, 0.85),  # Qwen
         ((16, 512, 50257), 0.0, 0.0),  # odd: most rows are misaligned; no target
     ],
     step=(32, 512, 128256),  # 16 pairs
-    linear=(16, 512, 4096, 128256),  # 8192 completion rows
-    chunks=[256 * MIB, 512 * MIB, 1024 * MIB],
+    linear=[(16, 512, 4096, 128256), (4, 50, 4096, 128256), (4, 256, 4096, 128256)],
+    chunks=[512 * MIB, 1024 * MIB],
+    attention=Heads(32, 8, 64, pairs=8),
+    model=ModelShape(2048, 8192, 16, 32, 8, 128256, pairs=16, steps=10, skipped=4),
 )
-REHEARSAL = Plan([((4, 3, 515), 0.9, 0.85)], (4, 3, 515), (4, 5, 16, 515), [1 * MIB])
+REHEARSAL = Plan(
+    logits=[((4, 3, 515), 0.9, 0.85)],
+    step=(4, 3, 515),
+    linear=[(4, 5, 16, 515)],
+    chunks=[1 * MIB],
+    attention=Heads(2, 1, 8, pairs=2),
+    model=ModelShape(16, 32, 2, 2, 1, 515, pairs=2, steps=3, skipped=1),
+)
 
 
-@dataclass
-class Row:
-    workload: str
-    contestant: str
-    needed_bytes: int
-    needed_flops: int = 0
-    target: float = 0.0  # share of the floor to reach; 0: none
-    median_ms: float = math.nan
-    low_ms: float = math.nan  # 10th and 90th percentile
-    high_ms: float = math.nan
-    of_floor: float = math.nan
-    times_ours: float = math.nan
-    extra_mib: float = math.nan
-    note: str = ""
+def from_logits(
+    bench: Bench,
+    shape: tuple[int, int, int],
+    backward: bool,
+    target: float,
+    functions: dict[str, Callable[..., Any]],
+    name: str = "logits",
+) -> list[Row]:
+    batch, length, vocab = shape
+    source = bench.normal(*shape)
+    logits, spare = source.clone(), torch.empty_like(source)
+    labels, upstream = bench.tokens(vocab, batch, length), bench.normal(batch).float()
+    flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=bench.device.name)
+    size = source.numel() * source.element_size()
+
+    def before() -> None:
+        logits.copy_(source)  # an in-place backward pass has written over it
+        flush.zero_()  # what is small enough to be cached leaves the cache
+
+    needed = size * (3 if backward else 1)
+    kind = "forward + backward" if backward else "forward"
+    workload = f"{name} [{batch * length}, {vocab}] bf16, {kind}"
+    runs: dict[str, Callable[[], Any]] = {FLOOR: partial(spare.copy_, logits)}
+    runs |= {name: partial(f, logits, labels, upstream) for name, f in functions.items()}
+    rows = {name: Row(workload, name, needed, target=target) for name in runs}
+    rows[FLOOR].needed_bytes = 2 * size
+    ours = next(name for name in runs if name.startswith("pyfast_dpo"))
+    return bench.measure(
+        rows, runs, ours, lambda own, copy: (needed / own) / (2 * size / copy), before
+    )
 
 
-class Cuda:
-    name = "cuda"
+def dpo_step(bench: Bench, shape: tuple[int, int, int]) -> list[Row]:
+    batch, length, vocab = shape
+    source = bench.normal(*shape)
+    logits, spare = source.clone(), torch.empty_like(source)
+    inputs = (logits, bench.tokens(vocab, batch, length), bench.normal(batch).float())
+    size = source.numel() * source.element_size()
+    runs: dict[str, Callable[[], Any]] = {FLOOR: partial(spare.copy_, logits)}
+    runs["pyfast_dpo"] = partial(ours_step, *inputs)
+    if bench.device.name == "cuda":
+        runs["pyfast_dpo, CUDA graph"] = captured(ours_step, *inputs)
+    runs["torch eager"] = partial(torch_step, *inputs)
+    workload = f"DPO step from logits [{batch} x {length}, {vocab}] bf16"
+    rows = {name: Row(workload, name, 3 * size, target=0.85) for name in runs}
+    rows[FLOOR].needed_bytes = 2 * size
 
-    def description(self) -> str:
-        return torch.cuda.get_device_name()
+    def before() -> None:
+        logits.copy_(source)
 
-    def milliseconds(self, work: Callable[[], Any]) -> float:
-        """Device time of `work`, without the host's: it is queued before the device starts on it."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(AHEAD_CYCLES)
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def extra_mib(self, work: Callable[[], Any]) -> float:
-        """Peak of memory beside what was there before; the first call warms up."""
-        work()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-
-    def clear(self) -> None:
-        torch.cuda.empty_cache()
+    share = lambda own, copy: (3 * size / own) / (2 * size / copy)  # noqa: E731
+    return bench.measure(rows, runs, "pyfast_dpo", share, before)
 
 
-class Cpu:
-    """For the rehearsal: the times mean nothing."""
+def from_hidden(
+    bench: Bench, shape: tuple[int, int, int, int], frozen: bool, chunks: list[int]
+) -> list[Row]:
+    sequences, length, width, vocab = shape
+    count = sequences * length
+    labels = bench.tokens(vocab, sequences, length)
+    batch = LinearBatch(
+        bench.normal(sequences, length, width).requires_grad_(),
+        bench.normal(vocab, width, scale=width**-0.5).requires_grad_(not frozen),
+        labels,
+        CompletionRows.from_labels(labels),
+        bench.normal(sequences).float(),
+    )
+    states, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
+    logits = bench.normal(count, vocab)
+    outputs = torch.empty_like(states), torch.empty_like(weight)
 
-    name = "cpu"
+    def products() -> None:
+        torch.mm(states, weight.T, out=logits)
+        torch.mm(logits, weight, out=outputs[0])
+        if not frozen:
+            torch.mm(logits.T, states, out=outputs[1])
 
-    def description(self) -> str:
-        return "rehearsal on the CPU: the times mean nothing"
-
-    def milliseconds(self, work: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        work()
-        return (time.perf_counter() - start) * 1e3
-
-    def extra_mib(self, work: Callable[[], Any]) -> float:
-        work()
-        return math.nan
-
-    def clear(self) -> None:
-        pass
-
-
-class Bench:
-    def __init__(self, device: Cuda | Cpu, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
-        self.random = torch.Generator(device.name).manual_seed(0)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        like = {"dtype": torch.bfloat16, "device": self.device.name, "generator": self.random}
-        return torch.randn(shape, **like).mul_(scale)
-
-    def tokens(self, vocab: int, *shape: int) -> Tensor:
-        return torch.randint(0, vocab, shape, device=self.device.name, generator=self.random)
-
-    def measure(
-        self,
-        rows: dict[str, Row],
-        runs: dict[str, Callable[[], Any]],
-        before: Callable[[], None],
-        ours: str,
-        share: Callable[[float, float], float],
-    ) -> list[Row]:
-        """Fills the rows: `runs` take turns; share(contestant's ms, floor's ms) is `of_floor`."""
-        times: dict[str, list[float]] = {}
-        for name, work in runs.items():
-            before()
-            try:
-                rows[name].extra_mib = self.device.extra_mib(work)
-                times[name] = []
-            except Exception as error:  # a peer that cannot run is a row with a reason
-                if name.startswith(("pyfast_dpo", FLOOR)):
-                    raise
-                text = str(error).strip().splitlines()
-                rows[name].note = f"{type(error).__name__}: {text[0][:90] if text else ''}"
-                self.device.clear()
-        for _ in range(self.repeats):
-            for name in times:
-                before()
-                times[name].append(self.device.milliseconds(runs[name]))
-        floor, own = (statistics.median(times[name]) for name in (FLOOR, ours))
-        for name, samples in times.items():
-            row = rows[name]
-            row.median_ms = statistics.median(samples)
-            deciles = statistics.quantiles(samples, n=10, method="inclusive")
-            row.low_ms, row.high_ms = deciles[0], deciles[-1]
-            row.of_floor = 1.0 if name == FLOOR else share(row.median_ms, floor)
-            row.times_ours = row.median_ms / own
-        return list(rows.values())
-
-    def from_logits(self, shape: tuple[int, int, int], backward: bool, target: float) -> list[Row]:
-        batch, length, vocab = shape
-        source = self.normal(*shape)
-        logits, spare = source.clone(), torch.empty_like(source)
-        labels, upstream = self.tokens(vocab, batch, length), self.normal(batch).float()
-        flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=self.device.name)
-        size = source.numel() * source.element_size()
-
-        def before() -> None:
-            logits.copy_(source)  # an in-place backward pass has written over it
-            flush.zero_()  # what is small enough to be cached leaves the cache
-
-        needed = size * (3 if backward else 1)
-        kind = "forward + backward" if backward else "forward"
-        workload = f"logits [{batch * length}, {vocab}] bf16, {kind}"
-        # Every shape compiles anew, for tens of seconds: the first one only.
-        compiled = self.device.name == "cuda" and shape == PLAN.logits[0][0]
-        functions = logits_contestants(backward, compiled)
-        runs: dict[str, Callable[[], Any]] = {FLOOR: partial(spare.copy_, logits)}
-        runs |= {name: partial(f, logits, labels, upstream) for name, f in functions.items()}
-        rows = {name: Row(workload, name, needed, target=target) for name in runs}
-        rows[FLOOR].needed_bytes = 2 * size
-        return self.measure(
-            rows,
-            runs,
-            before,
-            "pyfast_dpo in place" if backward else "pyfast_dpo",
-            lambda own, copy: (needed / own) / (2 * size / copy),
-        )
-
-    def dpo_step(self, shape: tuple[int, int, int]) -> list[Row]:
-        batch, length, vocab = shape
-        source = self.normal(*shape)
-        logits, spare = source.clone(), torch.empty_like(source)
-        labels, reference = self.tokens(vocab, batch, length), self.normal(batch).float()
-        inputs = (logits, labels, reference)
-        size = source.numel() * source.element_size()
-        runs: dict[str, Callable[[], Any]] = {FLOOR: partial(spare.copy_, logits)}
-        runs["pyfast_dpo"] = partial(ours_step, *inputs)
-        if self.device.name == "cuda":
-            runs["pyfast_dpo, CUDA graph"] = captured(ours_step, *inputs)
-        runs["torch eager"] = partial(torch_step, *inputs)
-        workload = f"DPO step from logits [{batch} x {length}, {vocab}] bf16"
-        rows = {name: Row(workload, name, 3 * size, target=0.85) for name in runs}
-        rows[FLOOR].needed_bytes = 2 * size
-
-        def before() -> None:
-            logits.copy_(source)
-
-        return self.measure(
-            rows,
-            runs,
-            before,
-            "pyfast_dpo",
-            lambda own, copy: (3 * size / own) / (2 * size / copy),
-        )
-
-    def from_hidden(
-        self, shape: tuple[int, int, int, int], chunks: list[int], frozen: bool
-    ) -> list[Row]:
-        sequences, length, width, vocab = shape
-        count = sequences * length
-        labels = self.tokens(vocab, sequences, length)
-        batch = LinearBatch(
-            self.normal(sequences, length, width).requires_grad_(),
-            self.normal(vocab, width, scale=width**-0.5).requires_grad_(not frozen),
-            labels,
-            CompletionRows.from_labels(labels),
-            self.normal(sequences).float(),
-        )
-        states, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
-        logits = self.normal(count, vocab)
-        outputs = torch.empty_like(states), torch.empty_like(weight)
-
-        def products() -> None:
-            torch.mm(states, weight.T, out=logits)
-            torch.mm(logits, weight, out=outputs[0])
-            if not frozen:
-                torch.mm(logits.T, states, out=outputs[1])
-
-        number = 2 if frozen else 3
-        workload = f"hidden [{count}, {width}], V = {vocab} bf16, " + (
-            "frozen head" if frozen else "trainable head"
-        )
-        runs: dict[str, Callable[[], Any]] = {FLOOR: products}
-        runs |= {name: partial(f, batch) for name, f in linear_contestants(chunks).items()}
-        flops = number * 2 * count * width * vocab
-        needed = 2 * (2 * count * width + (1 if frozen else 2) * vocab * width)
-        rows = {name: Row(workload, name, needed, flops, 1 / 1.10) for name in runs}
-        ours = [name for name in runs if name.startswith("pyfast_dpo")]
-        return self.measure(
-            rows, runs, lambda: None, ours[len(ours) // 2], lambda own, bare: bare / own
-        )
+    number = 2 if frozen else 3
+    head = "frozen head" if frozen else "trainable head"
+    workload = f"hidden [{count}, {width}], V = {vocab} bf16, {head}"
+    runs: dict[str, Callable[[], Any]] = {FLOOR: products}
+    runs |= {name: partial(f, batch) for name, f in linear_contestants(chunks).items()}
+    flops = number * 2 * count * width * vocab
+    needed = 2 * (2 * count * width + (1 if frozen else 2) * vocab * width)
+    rows = {name: Row(workload, name, needed, flops, 1 / 1.12) for name in runs}
+    return bench.measure(rows, runs, "pyfast_dpo")
 
 
-def table(rows: list[Row]) -> str:
-    lines: list[str] = []
-    group = ""
-    for row in rows:
-        if row.workload != group:
-            group = row.workload
-            floor = f"{row.needed_bytes / 1e9:.3f} GB copied"
-            if row.needed_flops:
-                floor = f"{row.needed_flops / 1e12:.2f} TFLOP in bare products"
-            lines.append(f"\n{group}: floor {floor}")
-            lines.append(
-                f"{'':26}{'ms':>9}{'10%':>9}{'90%':>9}{'of floor':>10}{'target':>8}{'x ours':>8}{'+MiB':>8}"
+def jobs_of(group: str, bench: Bench, plan: Plan) -> Iterator[Job]:
+    if group == "logits":
+        for shape, forward, both in plan.logits:
+            for backward, target in ((False, forward), (True, both)):
+                functions = logits_contestants(backward)
+                work = partial(from_logits, bench, shape, backward, target, functions)
+                yield f"logits {shape}, {backward=}", work
+        yield "DPO step from logits", partial(dpo_step, bench, plan.step)
+    elif group == "head":
+        for shape in plan.linear:
+            for frozen in (False, True):
+                chunks = plan.chunks if shape == plan.linear[0] and not frozen else []
+                work = partial(from_hidden, bench, shape, frozen, chunks)
+                yield f"head {shape}, {frozen=}", work
+    elif group == "attention":
+        yield "attention", partial(attention, bench, plan.attention)
+    elif group == "training":
+        for checkpointing in (None, False):
+            work = partial(training_step, bench.device, plan.model, checkpointing)
+            yield f"training, {checkpointing=}", work
+    else:  # every shape compiles anew, for tens of seconds: one only
+        shape, forward, both = plan.logits[0]
+        for backward, target in ((False, forward), (True, both)):
+            functions = compiled_contestants(backward)
+            work = partial(
+                from_logits, bench, shape, backward, target, functions, "compiled, logits"
             )
-        if row.note:
-            lines.append(f"{row.contestant:26}{row.note}")
-            continue
-        target = f"{row.target:8.2f}" if row.target else f"{'':8}"
-        lines.append(
-            f"{row.contestant:26}{row.median_ms:9.3f}{row.low_ms:9.3f}{row.high_ms:9.3f}"
-            f"{row.of_floor:10.2f}{target}{row.times_ours:8.2f}{row.extra_mib:8.0f}"
-        )
-    return "\n".join(lines)
+            yield f"compiled {shape}, {backward=}", work
 
 
-def run(device: Cuda | Cpu, plan: Plan, repeats: int, budget_s: float) -> tuple[list[Row], str]:
-    """All rows, and what was left out when the time was up."""
-    bench = Bench(device, repeats)
-    jobs: list[tuple[str, Callable[[], list[Row]]]] = []
-    for shape, forward, both in plan.logits:
-        jobs.append((f"{shape} forward", partial(bench.from_logits, shape, False, forward)))
-        jobs.append((f"{shape} backward", partial(bench.from_logits, shape, True, both)))
-    for frozen in (False, True):
-        work = partial(bench.from_hidden, plan.linear, plan.chunks, frozen)
-        jobs.append((f"linear, frozen={frozen}", work))
-    jobs.append(("DPO step", partial(bench.dpo_step, plan.step)))
-    start, rows, left = time.monotonic(), [], []
-    for name, job in jobs:
+def run(
+    bench: Bench, plan: Plan, groups: list[str], budget_s: float, keep: Callable[[list[Row]], None]
+) -> str:
+    """Hands `keep` the rows of every workload as they come; returns what was left out or failed."""
+    start, left = time.monotonic(), []
+    for name, job in (job for group in groups for job in jobs_of(group, bench, plan)):
         if time.monotonic() - start > budget_s:
             left.append(name)
             continue
         print(f"{name} ...", flush=True)
         try:
-            rows += job()
+            rows = job()
         except Exception as error:  # one workload that fails does not lose the others
-            left.append(f"{name} ({type(error).__name__}: {error})")
-        device.clear()
-    return rows, "; ".join(left)
+            left.append(f"{name} ({reason(error)})")
+        else:
+            keep(rows)
+            failed = [r for r in rows if r.note and r.contestant.startswith("pyfast_dpo")]
+            left += [f"{name}, {row.contestant} ({row.note})" for row in failed]
+        bench.device.clear()
+    return "; ".join(left)
+
+
+class Figures:
+    """The JSON file: facts, and rows, those of an older file too where they are not measured anew."""
+
+    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, facts
+        old = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        self.rows: list[dict[str, Any]] = old.get("rows", [])
+        self.left: list[str] = old.get("left_out", [])
+
+    def add(self, rows: list[Row]) -> None:
+        print(table(rows), flush=True)
+        new = {row.workload for row in rows}
+        self.rows = [row for row in self.rows if row["workload"] not in new]
+        self.rows += [asdict(row) for row in rows]
+        self.write()
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.facts, "left_out": self.left, "rows": self.rows}, indent=1)
+        self.path.write_text(text + "\n")
+
+
+def predict(path: Path | None) -> int:
+    from gpu_predict import predict as count
+
+    try:
+        figures = count(PLAN)
+    except FileNotFoundError as error:  # nvdisasm: pip install nvidia-cuda-nvdisasm
+        print(f"bench_gpu.py --predict: {error}", file=sys.stderr)
+        return 2
+    print(figures.pop("table"))
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=4, help="of a workload's rounds")
     parser.add_argument("--budget", type=float, default=240, help="seconds; then no new workload")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--predict", action="store_true", help="count, on any machine")
     mode.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args()
-    import pyfast_dpo
-
     if options.predict:
-        from gpu_predict import predict
-
-        try:
-            figures = predict(PLAN)
-        except FileNotFoundError as error:  # nvdisasm: pip install nvidia-cuda-nvdisasm
-            print(f"bench_gpu.py --predict: {error}", file=sys.stderr)
-            return 2
-        print(figures.pop("table"))
-    else:
-        build = pyfast_dpo.build_info()
-        if not options.rehearse and not build["cuda_usable"]:
-            print("bench_gpu.py needs a CUDA device and a build with CUDA kernels", file=sys.stderr)
-            return 2
-        device = Cpu() if options.rehearse else Cuda()
-        plan = REHEARSAL if options.rehearse else PLAN
-        rows, left = run(device, plan, options.repeats, options.budget)
-        print(table(rows))
-        print(f"\nleft out or failed: {left}" if left else "")
-        figures = {"device": device.description(), "torch": torch.__version__, "build": build}
-        figures |= {"left_out": left, "rows": [asdict(row) for row in rows]}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
-    return 1 if figures.get("left_out") else 0
+        return predict(options.json)
+    build = pyfast_dpo.build_info()
+    if not options.rehearse and not build["cuda_usable"]:
+        print("bench_gpu.py needs a CUDA device and a build with CUDA kernels", file=sys.stderr)
+        return 2
+    device = Cpu() if options.rehearse else Cuda()
+    facts = {"device": device.description(), "torch": torch.__version__, "build": build}
+    figures = Figures(options.json, facts)
+    left = run(
+        Bench(device, options.repeats, options.seconds),
+        REHEARSAL if options.rehearse else PLAN,
+        options.only,
+        options.budget,
+        figures.add,
+    )
+    if left:
+        print(f"\nleft out or failed: {left}")
+        figures.left.append(left)
+        figures.write()
+    return 1 if left else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Who takes part in bench_gpu.py: ours, torch, and the peers that are installed. Imports of peers are inside
-their functions, so that one that is missing is a row with a reason."""
+"""Log-probs from logits: who takes part in bench_gpu.py. Imports of peers are inside their functions, so that one
+that is missing is a row with a reason."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyfast_dpo
-from pyfast_dpo import CompletionRows
 
 BETA = 0.1
 Logps = Callable[[Tensor, Tensor], Tensor]  # logits [B, T, V], labels [B, T] -> [B] or [B, T]
@@ -56,37 +54,51 @@ def ours_logps(logits: Tensor, labels: Tensor, inplace: bool = False) -> Tensor:
     return pyfast_dpo.sequence_logps(logits, labels, inplace_backward=inplace, impl="fused")
 
 
-def logits_contestants(backward: bool, compiled: bool) -> dict[str, Contestant]:
+def forward(function: Logps) -> Contestant:
+    def run(logits: Tensor, labels: Tensor, upstream: Tensor) -> None:
+        with torch.no_grad():
+            function(logits, labels)
+
+    return run
+
+
+def both(function: Callable[..., Tensor], **options: bool) -> Contestant:
+    def run(logits: Tensor, labels: Tensor, upstream: Tensor) -> None:
+        leaf = logits.detach().requires_grad_()
+        torch.autograd.grad(function(leaf, labels, **options), leaf, upstream)
+
+    return run
+
+
+def logits_contestants(backward: bool) -> dict[str, Contestant]:
     """name -> (logits, labels, upstream gradient [B]) -> anything."""
-
-    def forward(function: Logps) -> Contestant:
-        def run(logits: Tensor, labels: Tensor, upstream: Tensor) -> None:
-            with torch.no_grad():
-                function(logits, labels)
-
-        return run
-
-    def both(function: Callable[..., Tensor], **options: bool) -> Contestant:
-        def run(logits: Tensor, labels: Tensor, upstream: Tensor) -> None:
-            leaf = logits.detach().requires_grad_()
-            torch.autograd.grad(function(leaf, labels, **options), leaf, upstream)
-
-        return run
-
-    peers: dict[str, Logps] = {"torch eager": torch_logps}
-    if compiled:
-        peers["torch.compile"] = torch.compile(torch_logps, dynamic=False)
-    peers |= {"TRL": trl_logps, "Liger": liger_logps, "QuACK": quack_logps}
+    peers: dict[str, Logps] = {
+        "torch eager": torch_logps,
+        "TRL": trl_logps,
+        "Liger": liger_logps,
+        "QuACK": quack_logps,
+    }
     if not backward:
         return {
-            "pyfast_dpo": forward(ours_logps),
-            **{name: forward(function) for name, function in peers.items()},
+            name: forward(function)
+            for name, function in {"pyfast_dpo": ours_logps, **peers}.items()
         }
     return {
         "pyfast_dpo in place": both(ours_logps, inplace=True),
         "pyfast_dpo": both(ours_logps),
         **{name: both(function) for name, function in peers.items()},
     }
+
+
+def compiled_contestants(backward: bool) -> dict[str, Contestant]:
+    """torch.compile against ours: apart from the others, since it takes its time to compile."""
+    compiled = torch.compile(torch_logps, dynamic=False)
+    if backward:
+        return {
+            "pyfast_dpo in place": both(ours_logps, inplace=True),
+            "torch.compile": both(compiled),
+        }
+    return {"pyfast_dpo": forward(ours_logps), "torch.compile": forward(compiled)}
 
 
 # --- a DPO loss step from logits ----------------------------------------------------------------
@@ -119,68 +131,3 @@ def captured(step: Contestant, logits: Tensor, labels: Tensor, reference: Tensor
     with torch.cuda.graph(graph):
         step(logits, labels, reference)
     return lambda *_: graph.replay()
-
-
-# --- a DPO loss step from hidden states ---------------------------------------------------------
-
-
-@dataclass
-class LinearBatch:
-    hidden: Tensor  # [2P, T, H], every position scored
-    weight: Tensor  # [V, H]
-    labels: Tensor  # [2P, T]
-    rows: CompletionRows
-    reference: Tensor  # [2P]
-
-    @property
-    def wanted(self) -> list[Tensor]:
-        return [tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad]
-
-
-def ours_linear(chunk_bytes: int) -> Contestant:
-    def run(batch: LinearBatch) -> None:
-        out = pyfast_dpo.fused_linear_dpo_loss(
-            batch.hidden,
-            batch.weight,
-            rows=batch.rows,
-            reference_logps=batch.reference,
-            beta=BETA,
-            max_chunk_bytes=chunk_bytes,
-            impl="fused",
-        )
-        torch.autograd.grad(out.loss, batch.wanted)
-
-    return run
-
-
-def torch_linear(batch: LinearBatch) -> None:
-    logits = batch.hidden @ batch.weight.T
-    loss = dpo_loss(torch_logps(logits, batch.labels), batch.reference)
-    torch.autograd.grad(loss, batch.wanted)
-
-
-def trl_linear(batch: LinearBatch) -> None:
-    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    hidden = batch.hidden.flatten(0, 1)
-    tokens, *_ = function.apply(
-        hidden, batch.weight, None, batch.labels.flatten(), 1.0, 32768, None, 1.0, ()
-    )
-    loss = dpo_loss(tokens.view(batch.labels.shape).sum(-1), batch.reference)
-    torch.autograd.grad(loss, batch.wanted)
-
-
-def liger_linear(batch: LinearBatch) -> None:
-    module = importlib.import_module("liger_kernel.chunked_loss")
-    function = module.LigerFusedLinearDPOLoss(beta=BETA, compiled=True, use_ref_model=False)
-    loss, *_ = function(batch.weight, batch.hidden, batch.labels)
-    torch.autograd.grad(loss, batch.wanted)
-
-
-def linear_contestants(chunks: list[int]) -> dict[str, Contestant]:
-    ours = {f"pyfast_dpo, {size >> 20} MiB": ours_linear(size) for size in chunks}
-    return {
-        **ours,
-        "torch eager": torch_linear,
-        "TRL ChunkedLogProb": trl_linear,
-        "Liger DPO": liger_linear,
-    }

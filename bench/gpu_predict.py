@@ -168,10 +168,10 @@ def predict(plan: Any) -> dict[str, Any]:
         "\nFrom hidden states: products at 750 TFLOP/s, and what else moves if nothing overlaps"
     )
     linear = [
-        linear_step(gpu, plan.linear, chunk, frozen)
+        linear_step(gpu, plan.linear[0], chunk, frozen)
         for gpu in GPUS
         for frozen in (False, True)
-        for chunk in plan.chunks
+        for chunk in (256 << 20, *plan.chunks)
     ]
     for step in linear:
         lines.append(
