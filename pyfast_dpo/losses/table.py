@@ -27,6 +27,8 @@ OPTIONS: dict[str, object] = {
     "cpo_alpha": 1.0,
     "bco_shift": None,
 }
+# Values that say "without it", which is what a loss without the option does anyway.
+NEUTRAL: dict[str, object] = {"simpo_gamma": 0.0, "alphapo_alpha": 0.0, "cpo_alpha": 0.0}
 
 
 class PairLossSpec(NamedTuple):
@@ -171,8 +173,9 @@ def check_pair_options(
 ) -> tuple[PairTerm, ...]:
     """Checks the options of `preference_loss` and returns the terms of the sum that they mean.
 
-    An option that no loss of the sum uses, and a divergence that one of them cannot take, are refused: what
-    would be ignored is an error. `margins` and `bco_shift` count as given when they are not None.
+    An option that no loss of the sum uses, unless it is at its default or says "without it" (`NEUTRAL`), and a
+    divergence that one of them cannot take, are refused: what would be ignored is an error. `margins` and
+    `bco_shift` count as given when they are not None.
 
     Args:
         function: the caller's name, for the messages.
@@ -208,7 +211,11 @@ def check_pair_options(
         "bco_shift": bco_shift,
     }
     _check_options_are_used(function, names, given)
-    if f_alpha_divergence_coef != 0.5 and f_divergence_type != ALPHA:
+    # alpha = 1 is the reverse KL divergence.
+    neutral = f_alpha_divergence_coef == 0.5 or (
+        f_alpha_divergence_coef == 1 and f_divergence_type == REVERSE_KL
+    )
+    if not neutral and f_divergence_type != ALPHA:
         raise ValueError(
             f"{function}: f_alpha_divergence_coef is for f_divergence_type {ALPHA!r}, "
             f"got {f_alpha_divergence_coef} with {f_divergence_type!r}"
@@ -284,6 +291,8 @@ def _check_options_are_used(
     shown = repr(names[0]) if len(names) == 1 else list(names)
     for option, value in given.items():
         if value is None or (OPTIONS[option] is not None and value == OPTIONS[option]):
+            continue
+        if option in NEUTRAL and value == NEUTRAL[option]:
             continue
         takers = [name for name, spec in PAIR_LOSSES.items() if option in spec.options]
         what = option if OPTIONS[option] is None else repr(value)

@@ -97,7 +97,7 @@ class PreferenceTrainer(Trainer):
                 f"{name}: quantization_config is for a model given by name, got {type(model).__name__}"
             )
         if isinstance(model, str):
-            init = dict(args.model_init_kwargs or {})
+            init = args.loading_options()
             if quantization_config is not None:
                 init["quantization_config"] = quantization_config
             model = load_model(model, init)
@@ -109,7 +109,11 @@ class PreferenceTrainer(Trainer):
             )
         self._balancing = balancing_of(name, causal_lm_of(model), args.router_aux_loss_coef)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(cast(Any, model).config._name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(
+                cast(Any, model).config._name_or_path, **args.tokenizer_options()
+            )
+        if args.pad_token is not None:
+            use_pad_token(name, processing_class, args.pad_token)
         self.processing_class = processing_class
 
         # Before the adapter draws its weights, so that a run is the same each time.
@@ -444,6 +448,13 @@ def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     return AutoModelForCausalLM.from_pretrained(
         name, **{"dtype": torch.float32, **(init_kwargs or {})}
     )
+
+
+def use_pad_token(name: str, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Lets the tokenizer pad with a token of its vocabulary, here and where it is saved."""
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"{name}: pad_token must be a token of the tokenizer, got {token!r}")
+    tokenizer.pad_token = token
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

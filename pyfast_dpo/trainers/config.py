@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from pyfast_dpo.losses.table import check_pair_options, couples_batch
+from pyfast_dpo.losses.table import check_pair_options, couples_batch, loss_names
 from pyfast_dpo.losses.weighting import ld_row_weights
 from pyfast_dpo.ops.checks import check_beta, check_choice, check_weight
+from pyfast_dpo.trainers.flags import Switch, documented
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
+AS_NEEDED = "as needed"  # what gradient checkpointing is by default: true to the Trainer, and copies keep it
+# Names of one option, the newer first: transformers 5.23 renamed it and lets its own name win.
+CHECKPOINTING = [
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+]
+NEURON_MULTIPLE = 128  # as TRL
+
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "ref_model_sync_steps",
+)
+NONE_OR_AT_LEAST_ONE = (
+    "pad_to_multiple_of",
+    "max_tokens_per_batch",
+    "precompute_ref_batch_size",
+    "dataset_num_proc",
+)
 
 
+@documented
 @dataclass
 class PreferenceConfig(TrainingArguments):
     """What `DPOConfig` and `KTOConfig` share.
 
     Args:
-        learning_rate, logging_steps: as in `TrainingArguments`, with the defaults 1e-6 and 10.
+        learning_rate: of the optimizer at its highest.
+        logging_steps: log every so many steps; below 1, a share of all steps.
         gradient_checkpointing: by default as far as memory needs it: the last layers keep their activations
             for the backward pass as `max_activation_bytes` says, the others are computed again. True: every
             layer is computed again. False: none. `transformers` calls it `activation_checkpointing` from
@@ -30,47 +56,70 @@ class PreferenceConfig(TrainingArguments):
             the gradients take on the device, or one and a half times the frozen weights' if that is more (LoRA), and at
             most half of what is free after the first step. Not together with `gradient_checkpointing`.
             Compiled models and DeepSpeed recompute every layer.
-        checkpointing_as_needed: no option, but whether `gradient_checkpointing` was left at its default.
-        bf16: by default on where a CUDA device supports it, unless `fp16` is set.
+        activation_offloading: layers that are computed again keep their input in the memory of the host
+            (`offload` of `activation_checkpointing_kwargs`, transformers 5.23). Nothing to do on a CPU.
+        bf16: bfloat16 autocast, by default where a CUDA device supports it, unless `fp16` is set.
         logging_nan_inf_filter: off by default, so that a loss that is not finite is seen in the log.
+        use_liger_kernel: Liger's layers on a GPU, without its loss, whose place ours takes; off on a CPU.
+        liger_kernel_config: which of Liger's kernels, as in `TrainingArguments`.
         beta: > 0, strength of the pull to the reference.
         max_length: the most tokens of prompt + response. Longer responses are cut, rows with longer
             prompts dropped and reported. None for no limit.
+        truncation_mode: "keep_start": the end of the response is cut.
         shared_prompt: compute each prompt of a batch once and no padding, where the model can take it.
             False: one padded row a sequence.
-        train_sampling_strategy: as in `TrainingArguments`, where "group_by_length" counts the tokens that a
-            row brings, prompt once; "batch_rebalance" is refused.
+        padding_free: what `shared_prompt` does; there is nothing to add to it.
         max_tokens_per_batch: fill batches by this number of computed tokens (each prompt once) instead of
             by `per_device_train_batch_size`; the loss is the mean over the examples of a batch, so fuller
             batches give each of theirs less weight.
         pad_to_multiple_of: round the padded length of a batch up to a multiple of this; for padded batches.
+            "auto": 128 on AWS Neuron, none elsewhere.
+        pad_token: a token of the vocabulary that the tokenizer pads with, instead of its own.
+        dataset_num_proc: processes that tokenize the data; by default this one alone.
         disable_dropout: set every dropout probability of the policy to 0.
         router_aux_loss_coef: weight of the loss that balances the experts of a mixture of experts; None for
             the model's own, 0 for none.
         model_init_kwargs: for `from_pretrained`, when the model is given by name (its default dtype is
-            float32).
+            float32); on the command line as JSON. Its `revision` holds for the tokenizer too.
+        trust_remote_code: allow models and tokenizers given by name to bring code of their own.
         precompute_ref_log_probs: compute the reference's log-probs once, before training, and keep no
             second model. They are cached by data and weights; a run that was stopped goes on where it was.
         precompute_ref_batch_size: examples at a time, by default `per_device_eval_batch_size`.
-        sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every so many steps move the reference
-            towards the policy, reference = alpha policy + (1 - alpha) reference (TR-DPO).
+        sync_ref_model: move the reference towards the policy every `ref_model_sync_steps` steps (TR-DPO).
+        ref_model_mixup_alpha: in (0, 1], how far: reference = alpha policy + (1 - alpha) reference.
+        ref_model_sync_steps: after how many steps each time.
+        train_sampling_strategy: as in `TrainingArguments`, where "group_by_length" counts the tokens that a
+            row brings, prompt once; "batch_rebalance" is refused.
     """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the Trainer declares it
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "liger_kernel_config",
+    ]
 
     learning_rate: float = 1e-6
     logging_steps: float = 10
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | None = field(default=None, metadata={"action": Switch})
     max_activation_bytes: int | None = None
-    checkpointing_as_needed: bool = field(init=False, default=False)
-    bf16: bool | None = None  # type: ignore[assignment]
+    activation_offloading: bool = False
+    bf16: bool | None = field(default=None, metadata={"action": Switch})  # type: ignore[assignment]
     logging_nan_inf_filter: bool = False
+    use_liger_kernel: bool = False
+    liger_kernel_config: dict[str, Any] | str | None = None  # type: ignore[assignment]
     beta: float = 0.1
     max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
     shared_prompt: bool = True
+    padding_free: bool = False
     max_tokens_per_batch: int | None = None
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: int | str | None = "auto"
+    pad_token: str | None = None
+    dataset_num_proc: int | None = None
     disable_dropout: bool = True
     router_aux_loss_coef: float | None = None
-    model_init_kwargs: dict[str, Any] | None = None
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
     precompute_ref_log_probs: bool = False
     precompute_ref_batch_size: int | None = None
     sync_ref_model: bool = False
@@ -78,17 +127,69 @@ class PreferenceConfig(TrainingArguments):
     ref_model_sync_steps: int = 512
 
     def __post_init__(self) -> None:
+        self._check()
+        self._choose_checkpointing()
+        if self.bf16 is None:
+            cuda = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        if self.accelerator_config is None:
+            # Rows of shared prompts cannot be cut among processes, so each collates its own batches.
+            self.accelerator_config = {"dispatch_batches": False}
+        super().__post_init__()
+        self.loading_options()  # checks them
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = NEURON_MULTIPLE if self.device.type == "neuron" else None
+        self._say_what_happens_instead()
+
+    @property
+    def checkpointing_as_needed(self) -> bool:
+        """Whether gradient checkpointing was left at its default."""
+        return getattr(self, CHECKPOINTING[0]) == AS_NEEDED
+
+    @property
+    def padding_multiple(self) -> int | None:
+        """`pad_to_multiple_of` as the number that it became."""
+        assert not isinstance(self.pad_to_multiple_of, str)
+        return self.pad_to_multiple_of
+
+    def to_dict(self) -> dict[str, Any]:
+        """As that of `TrainingArguments`, which takes every `*_token` for a secret."""
+        return {**super().to_dict(), "pad_token": self.pad_token}
+
+    def loading_options(self) -> dict[str, Any]:
+        """For `from_pretrained` of a model given by name."""
+        given = self.model_init_kwargs
+        if not isinstance(given, dict | None):  # JSON is a dict once the config is made
+            raise ValueError(
+                f"{type(self).__name__}: model_init_kwargs must be a dict, or one as JSON, got {given!r}"
+            )
+        return {"trust_remote_code": self.trust_remote_code, **(given or {})}
+
+    def tokenizer_options(self) -> dict[str, Any]:
+        """For `from_pretrained` of the tokenizer of such a model."""
+        options = self.loading_options()
+        return {
+            name: options[name] for name in ("trust_remote_code", "revision") if name in options
+        }
+
+    def _check(self) -> None:
         name = type(self).__name__
         check_beta(name, self.beta)
+        check_weight(name, "learning_rate", self.learning_rate)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(
                 f"{name}: max_length must be None or at least 2 (a prompt and a response token), "
                 f"got {self.max_length}"
             )
-        for option in ("pad_to_multiple_of", "max_tokens_per_batch", "precompute_ref_batch_size"):
+        for option in self._VALID_DICT_FIELDS:
+            _check_json(name, option, getattr(self, option))
+        if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of != "auto":
+            self.pad_to_multiple_of = _number_or_none(name, self.pad_to_multiple_of)
+        for option in (*AT_LEAST_ONE, *NONE_OR_AT_LEAST_ONE):
             value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {option} must be None or positive, got {value}")
+            if value not in (None, "auto") and value < 1:
+                unless = "None or " if option in NONE_OR_AT_LEAST_ONE else ""
+                raise ValueError(f"{name}: {option} must be {unless}positive, got {value}")
         if self.router_aux_loss_coef is not None:
             check_weight(name, "router_aux_loss_coef", self.router_aux_loss_coef)
         if self.max_activation_bytes is not None and self.max_activation_bytes < 0:
@@ -98,10 +199,6 @@ class PreferenceConfig(TrainingArguments):
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(
                 f"{name}: ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
-            )
-        if self.ref_model_sync_steps < 1:
-            raise ValueError(
-                f"{name}: ref_model_sync_steps must be positive, got {self.ref_model_sync_steps}"
             )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
@@ -113,36 +210,103 @@ class PreferenceConfig(TrainingArguments):
                 f"{name}: train_sampling_strategy must be 'random', 'sequential' or 'group_by_length', got "
                 "'batch_rebalance', which balances padding; max_tokens_per_batch balances tokens"
             )
-        if self.bf16 is None:
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
-        option = "gradient_checkpointing"
-        if hasattr(self, "activation_checkpointing"):
-            option = "activation_checkpointing"
-            if self.activation_checkpointing is None:
-                self.activation_checkpointing = self.gradient_checkpointing
-        given = getattr(self, option)
+        check_choice(name, "truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        if self.truncation_mode == "keep_end":
+            raise ValueError(
+                f"{name}: truncation_mode must be 'keep_start', got 'keep_end', which cuts the prompt of the "
+                "longer response shorter than the other's, so that the two no longer answer the same; "
+                "shorten prompts in the data"
+            )
+
+    def _choose_checkpointing(self) -> None:
+        choices = (getattr(self, option) for option in CHECKPOINTING)
+        given = next((choice for choice in choices if choice not in (None, AS_NEEDED)), None)
         if given is not None and self.max_activation_bytes is not None:
             raise ValueError(
-                f"{name}: max_activation_bytes says how far {option} goes, which must then be None, "
-                f"got {self.max_activation_bytes} with {given}"
+                f"{type(self).__name__}: max_activation_bytes says how far {CHECKPOINTING[0]} goes, which "
+                f"must then be None, got {self.max_activation_bytes} with {given}"
             )
-        self.checkpointing_as_needed = given is None
-        setattr(self, option, given is not False)
-        if self.accelerator_config is None:
-            # Rows of shared prompts cannot be cut among processes, so each collates its own batches.
-            self.accelerator_config = {"dispatch_batches": False}
-        super().__post_init__()
+        setattr(self, CHECKPOINTING[0], AS_NEEDED if given is None else given)
+
+    def _say_what_happens_instead(self) -> None:
+        """Warns of options that change no result and do here something else than in TRL."""
+        on_cpu = self.device.type == "cpu"
+        if self.padding_free and not self.shared_prompt:
+            _warn(self, "padding_free needs shared_prompt, which is False: batches are padded")
+        if self.use_liger_kernel and on_cpu:
+            _warn(
+                self,
+                "use_liger_kernel is off, as Liger's kernels need a GPU; no logits matrix is made anyway",
+            )
+            self.use_liger_kernel = False
+        elif self.use_liger_kernel:
+            _warn(
+                self,
+                "use_liger_kernel replaces layers of the model; the loss stays ours, which makes no logits matrix",
+            )
+            given = self.liger_kernel_config
+            self.liger_kernel_config = {
+                **(given if isinstance(given, dict) else {}),
+                "fused_linear_cross_entropy": False,
+            }
+        if self.activation_offloading and not on_cpu:
+            self._offload()
+
+    def _offload(self) -> None:
+        option = f"{CHECKPOINTING[0]}_kwargs"
+        if CHECKPOINTING[0] == "gradient_checkpointing":
+            _warn(self, "activation_offloading does nothing: it needs transformers 5.23 or later")
+        elif not self.activation_checkpointing:
+            _warn(
+                self,
+                "activation_offloading does nothing: it moves what layers keep that are computed again, and "
+                "gradient_checkpointing is False",
+            )
+        else:
+            setattr(self, option, {**(getattr(self, option) or {}), "offload": True})
 
 
+def _check_json(name: str, option: str, value: object) -> None:
+    """What begins as JSON must be JSON; other text is the path of a file, which the Trainer reads."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}: {option} must be JSON, got {value!r}: {error}") from None
+
+
+def _number_or_none(name: str, text: str) -> int | None:
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{name}: pad_to_multiple_of must be None, 'auto' or positive, got {text!r}"
+        ) from None
+
+
+def _warn(config: PreferenceConfig, text: str) -> None:
+    warnings.warn(f"{type(config).__name__}: {text}", stacklevel=6)  # where the config is made
+
+
+@documented
 @dataclass
 class DPOConfig(PreferenceConfig):
     """Options of `DPOTrainer`.
 
     Args:
-        loss_type: a name, or a list of names, of the pair losses of `pyfast_dpo.preference_loss`.
-        loss_weights, label_smoothing, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
-            alphapo_alpha, cpo_alpha, rpo_alpha: as there.
+        loss_type: one or several of the pair losses of `pyfast_dpo.preference_loss`, such as sigmoid, ipo,
+            simpo; kept as a list.
+        loss_weights: of several losses, one number each, 1 by default.
+        label_smoothing: in [0, 0.5), the assumed share of flipped preferences ("sigmoid" is then cDPO).
+        f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
+        f_alpha_divergence_coef: the alpha of "alpha_divergence".
+        discopop_tau: > 0, temperature of "discopop".
+        simpo_gamma: target margin of "simpo" and "alphapo", in units of the reward.
+        alphapo_alpha: shape of the reward of "alphapo"; 0 is "simpo".
+        cpo_alpha: weight of the chosen response's "sft" loss in "cpo".
+        rpo_alpha: weight of an "sft" loss added to whatever the losses are (RPO).
         ld_alpha: in [0, 1], the weight of a response's tokens beyond the length of the other one
             (`pyfast_dpo.ld_row_weights`); None for 1.
         use_weighting: weigh pairs by the policy's own probability of the responses (WPO,
@@ -153,7 +317,7 @@ class DPOConfig(PreferenceConfig):
         ValueError: an option out of its range, or two that do not go together.
     """
 
-    loss_type: str | list[str] = "sigmoid"
+    loss_type: str | list[str] = field(default_factory=lambda: ["sigmoid"])
     loss_weights: list[float] | None = None
     label_smoothing: float = 0.0
     f_divergence_type: str = "reverse_kl"
@@ -174,6 +338,7 @@ class DPOConfig(PreferenceConfig):
             raise ValueError(
                 f"DPOConfig: use_weighting weighs pairs, which loss_type {self.loss_type!r} sorts apart"
             )
+        self.loss_type = list(loss_names(self.loss_type))
         super().__post_init__()
 
     def loss_options(self) -> dict[str, Any]:
@@ -182,13 +347,15 @@ class DPOConfig(PreferenceConfig):
         return {name: getattr(self, name) for name in ("beta", *names)}
 
 
+@documented
 @dataclass
 class KTOConfig(PreferenceConfig):
     """Options of `KTOTrainer`.
 
     Args:
         loss_type: "kto" or "apo_zero_unpaired", of `pyfast_dpo.unpaired_loss`.
-        desirable_weight, undesirable_weight: >= 0, the weights of the two classes.
+        desirable_weight: >= 0, of desirable responses in the loss.
+        undesirable_weight: >= 0, of undesirable responses in the loss.
         clamp_kl: the KL estimate not below 0, as in the authors' code.
         Others: as in `PreferenceConfig` and `transformers.TrainingArguments`.
 

@@ -75,7 +75,7 @@ class DPOTrainer(PreferenceTrainer):
     def _collators(
         self, args: DPOConfig, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Collator, Collator]:
-        padded = DataCollatorForPreference(pad_token(tokenizer), args.pad_to_multiple_of)
+        padded = DataCollatorForPreference(pad_token(tokenizer), args.padding_multiple)
         return SharedPromptCollatorForPreference(), padded
 
     def _reference_values(self, inputs: dict[str, Any]) -> Tensor:

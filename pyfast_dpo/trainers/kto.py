@@ -64,7 +64,7 @@ class KTOTrainer(PreferenceTrainer):
     ) -> tuple[Collator, Collator]:
         mismatched = args.loss_type == "kto"
         padded = DataCollatorForUnpairedPreference(
-            pad_token(tokenizer), args.max_length, args.pad_to_multiple_of, mismatched
+            pad_token(tokenizer), args.max_length, args.padding_multiple, mismatched
         )
         return SharedPromptCollatorForUnpairedPreference(args.max_length, mismatched), padded
 

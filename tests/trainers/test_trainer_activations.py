@@ -358,7 +358,7 @@ NAMES = ["gradient_checkpointing", *(["activation_checkpointing"] if NEWER else 
 def test_only_the_default_chooses_layers(tmp_path, tokenizer, name, given, as_needed):
     trainer = trainer_of(tmp_path, tokenizer, **{name: given})
     assert (trainer.kept_activations is not None) == as_needed
-    assert getattr(trainer.args, name) is (given is not False)
+    assert bool(getattr(trainer.args, name)) is (given is not False)
 
 
 @pytest.mark.parametrize("kind", [DPOConfig, KTOConfig])
