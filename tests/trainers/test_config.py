@@ -1,4 +1,4 @@
-"""The options: each one a flag, each of TRL's accepted, neutral values of unused ones, copies of a config."""
+"""The options: each one a flag, each of TRL's accepted, neutral values of unused ones, copies, what they reach."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import json
 import types
 import typing
 import warnings
@@ -16,9 +17,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch
+from tiny_models import make_model, make_pairs, make_tokenizer
+from trainer_runs import config, dpo_trainer
 from transformers import HfArgumentParser, TrainingArguments
 
-from pyfast_dpo.trainers import DPOConfig, KTOConfig
+from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig
 from pyfast_dpo.trainers.config import PreferenceConfig
 
 KINDS = [DPOConfig, KTOConfig]
@@ -410,3 +413,81 @@ def test_a_copy_with_a_choice_has_that_choice(name, choice):
 def test_the_default_of_gradient_checkpointing_is_true_to_the_trainer():
     config = DPOConfig(use_cpu=True)
     assert config.checkpointing_as_needed and bool(config.gradient_checkpointing)
+
+
+# What options do elsewhere ---------------------------------------------------------------------------------
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_of_the_tests"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def model_with_code(tmp_path, monkeypatch):
+    """A model and a tokenizer whose classes lie beside their files."""
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    folder = tmp_path / "model_with_code"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    for name, changes in (
+        ("config.json", {"model_type": "own_of_the_tests", "auto_map": classes}),
+        ("tokenizer_config.json", {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}),
+    ):  # fmt: skip
+        held = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**held, **changes}))
+    return str(folder)
+
+
+def test_trust_remote_code_is_for_model_and_tokenizer(tmp_path, model_with_code):
+    def trainer(**options):
+        return DPOTrainer(
+            model_with_code,
+            args=config(DPOConfig, tmp_path, max_steps=1, **options),
+            train_dataset=make_pairs(),
+        )
+
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        trainer()
+    for options in (
+        {"trust_remote_code": True},
+        {"model_init_kwargs": {"trust_remote_code": True}},
+    ):
+        trusted = trainer(**options)
+        assert type(trusted.model).__name__ == "OwnForCausalLM"
+        assert type(trusted.processing_class).__name__ == "OwnTokenizer"
+    trusted.train()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"trust_remote_code": True}, {"trust_remote_code": True}),
+        ({"model_init_kwargs": {"revision": "v2", "dtype": "auto"}}, {"trust_remote_code": False, "revision": "v2"}),
+        ({"model_init_kwargs": {"trust_remote_code": True}}, {"trust_remote_code": True}),
+    ],
+)  # fmt: skip
+def test_the_tokenizer_comes_from_the_revision_of_the_model(options, expected):
+    assert KTOConfig(use_cpu=True, **options).tokenizer_options() == expected
+
+
+def test_pad_token_is_that_of_the_tokenizer_and_of_the_padding(tmp_path):
+    tokenizer = make_tokenizer()
+    trainer = dpo_trainer(tmp_path, tokenizer, pad_token="z", shared_prompt=False, max_steps=1)
+    letter = tokenizer.convert_tokens_to_ids("z")
+    assert (tokenizer.pad_token, trainer.data_collator.pad_token_id) == ("z", letter)
+    with pytest.raises(
+        ValueError, match="DPOTrainer: pad_token must be a token of the tokenizer, got 'zz'"
+    ):
+        dpo_trainer(tmp_path, make_tokenizer(), pad_token="zz")
