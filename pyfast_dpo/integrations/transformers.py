@@ -12,17 +12,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyfast_dpo.logprobs.head import Head
 from pyfast_dpo.logprobs.linear import fused_linear_loss
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.model.causal_lm import causal_lm_of, head_of
-
-PROBE_TOKENS = 8
-# What the model's own logits and ours may differ by, over the largest: rounding of half types.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-HALF_TOLERANCE = 0.05
+from pyfast_dpo.model.ways import check_head
 
 
 def patch_causal_lm_loss(model: Any) -> None:
@@ -44,7 +40,7 @@ def patch_causal_lm_loss(model: Any) -> None:
     inner = causal_lm_of(model)
     if _is_patched(inner):
         return
-    _check_head(inner)
+    check_head("patch_causal_lm_loss", inner)
     # Something else, such as accelerate's hooks, may have put a forward of its own there.
     inner._pyfast_dpo_forward = vars(inner).get("forward", inner.forward)
     inner._pyfast_dpo_had_forward = "forward" in vars(inner)
@@ -135,30 +131,3 @@ def causal_lm_loss(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
     ).loss
-
-
-def _check_head(model: Any) -> None:
-    """Raises where the lm_head, as the configuration describes it, does not give the model's own logits."""
-    head = head_of(model)
-    if head.weight.device.type == "meta" or head.weight.numel() == 0:  # nothing to try it on yet
-        return
-    tokens = torch.arange(PROBE_TOKENS, device=head.weight.device).unsqueeze(0)
-    tokens = tokens.remainder(head.weight.shape[0])
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            truth = model(input_ids=tokens, use_cache=False).logits.float()
-            logits = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
-            if head.softcap is not None:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
-    finally:
-        model.train(was_training)
-    difference = float((logits - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
-    if difference > TOLERANCE.get(hidden.dtype, HALF_TOLERANCE):
-        raise ValueError(
-            f"patch_causal_lm_loss: {type(model).__name__} does more to its logits than its configuration "
-            f"tells: those of its lm_head's weight differ by {difference:.2g} of the largest; nothing was "
-            "patched"
-        )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +19,15 @@ from pyfast_dpo.layout.shared_prompt import SharedPromptLayout
 PREFIX = "shared_prompt_over_"  # then the implementation that serves every call without a layout
 
 
-def use_shared_prompt_attention(model: Any) -> None:
+def use_shared_prompt_attention(model: Any) -> Callable[[], None]:
     """Makes a `transformers` model understand the keyword `shared_prompt_layout` in its call.
 
     With it, the model's attention keeps the responses of a row apart; pass `position_ids` from
     `SharedPromptLayout.positions()` and `attention_mask=no_mask(...)`. Calls without it run the
     implementation that the model had.
+
+    Returns:
+        A function that gives the model its implementation back.
 
     Raises:
         ValueError: the model does not take its attention from the registry.
@@ -29,7 +36,7 @@ def use_shared_prompt_attention(model: Any) -> None:
 
     original = model.config._attn_implementation
     if original.startswith(PREFIX):
-        return
+        return lambda: None
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
             f"{type(model).__name__} does not take its attention function from transformers' registry"
@@ -38,12 +45,67 @@ def use_shared_prompt_attention(model: Any) -> None:
     AttentionInterface.register(name, shared_prompt_attention)
     masks = AttentionMaskInterface()
     if original in masks:
-        AttentionMaskInterface.register(name, masks[original])
+        AttentionMaskInterface.register(name, partial(_make_mask, masks[original]))
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise ValueError(
             f"{type(model).__name__} does not let its attention implementation be changed"
         )
+    return partial(model.set_attn_implementation, original)
+
+
+def takes_shared_prompts(model: Any) -> bool:
+    """Whether `use_shared_prompt_attention` is in force."""
+    return model.config._attn_implementation.startswith(PREFIX)
+
+
+class Windows:
+    """Sees in a model's calls without a layout which windows, or chunks, a mask alone applies.
+
+    Attributes:
+        untold: their sizes in positions; a row of shared prompts has no mask that could apply them.
+    """
+
+    def __init__(self) -> None:
+        self.untold: set[int] = set()
+        self._masks: dict[
+            int, tuple[Any, int]
+        ] = {}  # by their memory; the mask itself, which keeps it
+
+    def see_mask(self, mask: Any, window: int) -> None:
+        self._masks[_place(mask)] = mask, window
+
+    def see_attention(self, mask: Any, window: int | None) -> None:
+        _, applied = self._masks.get(_place(mask), (None, window))
+        if applied is not None and applied != window:
+            self.untold.add(applied)
+
+
+def _place(mask: Any) -> int:
+    """Slices of a mask are at the same place."""
+    return mask.untyped_storage().data_ptr() if type(mask) is Tensor else id(mask)
+
+
+_observed: ContextVar[Windows | None] = ContextVar("observed", default=None)
+
+
+@contextlib.contextmanager
+def observed_windows() -> Iterator[Windows]:
+    """Sees the windows of the calls in its block, of a model with `use_shared_prompt_attention`."""
+    windows = Windows()
+    token = _observed.set(windows)
+    try:
+        yield windows
+    finally:
+        _observed.reset(token)
+
+
+def _make_mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    mask = original(*args, **kwargs)
+    windows, window = _observed.get(), kwargs.get("local_size")
+    if windows is not None and window is not None and mask is not None:
+        windows.see_mask(mask, window)
+    return mask
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -72,9 +134,12 @@ def shared_prompt_attention(
 
     Raises:
         ValueError: more than one row, another length than the layout's, or attention that it does not know
-            (sinks, a bias of positions).
+            (sinks, a bias of positions, a mask that the model made).
     """
     if shared_prompt_layout is None:
+        windows = _observed.get()
+        if windows is not None:
+            windows.see_attention(attention_mask, sliding_window)
         arguments = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
         if softcap is not None:
             arguments["softcap"] = softcap
@@ -84,6 +149,11 @@ def shared_prompt_attention(
     for name in ("s_aux", "position_bias"):
         if options.get(name) is not None:
             raise ValueError(f"shared_prompt_attention: {name} is not supported")
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise ValueError(
+            "shared_prompt_attention: attention_mask must be that of no_mask, got one of shape "
+            f"{list(attention_mask.shape)} that the model has made"
+        )
     if query.shape[0] != 1 or query.shape[2] != shared_prompt_layout.tokens:
         raise ValueError(
             f"shared_prompt_attention: query must be one row of {shared_prompt_layout.tokens} tokens, "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyfast_dpo.model import allocator
+from pyfast_dpo.model.forwards import replace_forwards
 from pyfast_dpo.ops import _C, operators
 
 # MKL, which multiplies for torch, leaves a part of an AMD CPU's units unused: on a Zen 4 it takes 1.1 to 1.5 times our
@@ -25,18 +25,18 @@ FASTER = (
 FEWEST = 64  # inputs and outputs of a layer; smaller ones are no work for panels
 
 
-def use_own_products(model: nn.Module) -> None:
+def use_own_products(model: nn.Module) -> Callable[[], None]:
     """Makes the linear layers of a model compute in our products where these serve and are faster: plain float32
-    ones on the CPU. A LoRA layer's two terms are then one product, forward and backward."""
+    ones on the CPU. A LoRA layer's two terms are then one product, forward and backward. Returns what undoes it."""
     if not FASTER or any(p.device.type != "cpu" for p in model.parameters()):
-        return
-    for module in model.modules():
-        if "forward" in vars(module):  # ours already, or somebody's who moves weights
-            continue
-        if _is_wide(module):
-            module.forward = MethodType(_linear, module)
-        elif _is_lora(module):
-            module.forward = MethodType(_adapted, module)
+        return lambda: None
+    return replace_forwards(model, _product_of)
+
+
+def _product_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    if _is_wide(module):
+        return _linear
+    return _adapted if _is_lora(module) else None
 
 
 def _linear(layer: Any, inputs: Tensor) -> Tensor:

@@ -5,32 +5,34 @@ Between its products a training step waits for memory, and torch makes many pass
 
 from __future__ import annotations
 
-from types import MethodType, SimpleNamespace
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyfast_dpo.model.forwards import replace_forwards
 from pyfast_dpo.model.linear_layers import are_plain
 from pyfast_dpo.ops import operators
 
 GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def use_one_pass(model: nn.Module) -> None:
+def use_one_pass(model: nn.Module) -> Callable[[], None]:
     """Replaces the `forward` of the model's feed-forward layers `down(silu(gate(x)) * up(x))` and of its norms
     `weight * x / sqrt(mean(x^2) + epsilon)`. What is not on the CPU, or of a dtype that the kernels do not take,
-    is computed as before."""
+    is computed as before. Returns what undoes it."""
     if any(p.device.type != "cpu" for p in model.parameters()):
-        return
-    for module in model.modules():
-        if "forward" in vars(module):  # ours already, or somebody's
-            continue
-        if _has_silu_gate(module):
-            module.forward = MethodType(_gated, module)
-        elif _is_rms_norm(module):
-            module.forward = MethodType(_normalized, module)
+        return lambda: None
+    return replace_forwards(model, _one_pass_of)
+
+
+def _one_pass_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    if _has_silu_gate(module):
+        return _gated
+    return _normalized if _is_rms_norm(module) else None
 
 
 def _has_silu_gate(module: nn.Module) -> bool:

@@ -1,17 +1,18 @@
 """From a model's call to the log-probs of its responses, and where the logits come from.
 
 A model is called as `model(..., project=function)`: its body runs, and `function` gets a *projection*, which
-turns hidden states into log-probs and losses. So the head's weight is used inside the model's own call, where
-DDP and FSDP expect it, and a logits matrix never exists.
+turns hidden states into log-probs and losses; what it returns is what the call returns. So the head's weight is
+used inside the model's own call, where DDP and FSDP expect it, and a logits matrix never exists.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pyfast_dpo.layout.batches import Batch, completion_rows, model_inputs
@@ -22,7 +23,7 @@ from pyfast_dpo.logprobs.logits import token_logps
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.logprobs.scores import sums_of_sequences
 from pyfast_dpo.logprobs.statistics import torch_row_statistics
-from pyfast_dpo.model.causal_lm import head_of
+from pyfast_dpo.model.causal_lm import causal_lm_of, head_of
 
 RouterLogits = tuple[Tensor, ...]  # of every layer, [tokens, experts]
 
@@ -117,35 +118,121 @@ class LogitsProjection:
 # --- the model's call -------------------------------------------------------------------------------
 
 
-def take_projections(model: Any, *, own_logits: bool = False) -> None:
-    """Makes a causal language model of `transformers` understand the keyword `project` in its call.
+class _Call:
+    """A call with `project`, while it runs."""
+
+    def __init__(
+        self, model: nn.Module, project: Callable[[Projection], Any], options: dict[str, Any]
+    ) -> None:
+        self.model, self.project = model, project
+        self.body_options = options  # what the model's body gets beside its other keywords
+        self.hidden: Tensor | None = None
+        self.router_logits: RouterLogits | None = None
+        self.autocast: dict[str, Any] = {"device_type": "cpu", "enabled": False}
+
+
+class _Calls(threading.local):
+    def __init__(self) -> None:
+        self.running: list[_Call] = []
+
+
+_calls = _Calls()
+
+
+def take_projections(model: Any, *, own_logits: bool = False) -> Callable[[], None]:
+    """Makes a causal language model of `transformers`, or a PEFT model around one, understand the keyword
+    `project` in its call.
+
+    The model's own forward runs, with an lm_head that gets no rows; what the head was to get is kept. All of it
+    by hooks, so that `forward` stays the model's own for everybody who reads or calls it.
 
     Args:
         own_logits: hand out a `LogitsProjection`, for heads that are more than a weight.
+
+    Returns:
+        A function that undoes it.
     """
-    forward = getattr(model, "_forward_without_projection", model.forward)
-    model._forward_without_projection = forward
-    make = _from_logits if own_logits else _from_hidden
-    model.forward = MethodType(partial(_forward, make), model)
+    inner = causal_lm_of(model)
+    body = inner.base_model
+    if body is inner:
+        raise ValueError(f"{type(inner).__name__}: the model has no body apart from its head")
+    handles = [
+        model.register_forward_pre_hook(_begin, with_kwargs=True),
+        body.register_forward_pre_hook(_enter_body, with_kwargs=True),
+        body.register_forward_hook(_leave_body),
+        # before hooks of others, such as FSDP's, which puts weights away
+        model.register_forward_hook(partial(_end, own_logits), prepend=True, always_call=True),
+    ]
+    if not own_logits:
+        handles.append(inner.get_output_embeddings().register_forward_pre_hook(_withhold_rows))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
-def _forward(
-    make: Callable[..., Projection], model: Any, *args: Any, project: Any = None, **kwargs: Any
-) -> Any:
-    if project is None:
-        return model._forward_without_projection(*args, **kwargs)
-    return project(make(model, *args, **kwargs))
+@torch.compiler.disable
+def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("project") is None:
+        return None
+    kwargs = dict(kwargs)
+    names = ("shared_prompt_layout", "output_router_logits")
+    project = kwargs.pop("project")
+    options = {name: kwargs.pop(name) for name in names if name in kwargs}
+    _calls.running.append(_Call(model, project, options))
+    return args, kwargs
 
 
-def _from_hidden(model: Any, *args: Any, **kwargs: Any) -> Projection:
-    given = {name: value for name, value in kwargs.items() if value is not None}  # no labels=None
-    outputs = model.base_model(*args, **given)
-    return LinearProjection(outputs[0], head_of(model), getattr(outputs, "router_logits", None))
+@torch.compiler.disable
+def _enter_body(body: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    if not _calls.running:
+        return None
+    call = _calls.running[-1]
+    device = next(body.parameters()).device.type
+    call.autocast = {
+        "device_type": device,
+        "enabled": torch.is_autocast_enabled(device),
+        "dtype": torch.get_autocast_dtype(device),
+    }
+    return args, {**kwargs, **call.body_options}
 
 
-def _from_logits(model: Any, *args: Any, **kwargs: Any) -> Projection:
-    outputs = model._forward_without_projection(*args, **kwargs)
-    return LogitsProjection(outputs.logits, getattr(outputs, "router_logits", None))
+@torch.compiler.disable
+def _leave_body(body: nn.Module, args: Any, outputs: Any) -> None:
+    if _calls.running:
+        _calls.running[-1].router_logits = getattr(outputs, "router_logits", None)
+
+
+@torch.compiler.disable
+def _withhold_rows(layer: nn.Module, args: Any) -> Any:
+    if not _calls.running:
+        return None
+    call, hidden = _calls.running[-1], args[0]
+    if call.hidden is None:
+        call.hidden = hidden
+    elif hidden.shape[-2] > 0:
+        raise ValueError(f"{type(call.model).__name__}: the lm_head runs more than once in a call")
+    return (hidden[..., :0, :], *args[1:])
+
+
+@torch.compiler.disable
+def _end(own_logits: bool, model: nn.Module, args: Any, outputs: Any) -> Any:
+    if not _calls.running or _calls.running[-1].model is not model:
+        return outputs
+    call = _calls.running.pop()
+    if outputs is None:  # the model has raised an error
+        return None
+    projection: Projection
+    if own_logits:
+        projection = LogitsProjection(outputs.logits, call.router_logits)
+    elif call.hidden is None:
+        raise ValueError(f"{type(model).__name__}: the lm_head did not run in the model's call")
+    else:
+        projection = LinearProjection(call.hidden, head_of(causal_lm_of(model)), call.router_logits)
+    with torch.autocast(**call.autocast):  # what is wrapped around forward has ended it
+        return call.project(projection)
 
 
 # --- batches ----------------------------------------------------------------------------------------
@@ -154,4 +241,9 @@ def _from_logits(model: Any, *args: Any, **kwargs: Any) -> Projection:
 def score_responses(model: nn.Module, batch: Batch) -> Tensor:
     """`[S]` log-probs of the responses of a batch, for a model that takes projections."""
     rows = completion_rows(batch)
-    return model(**model_inputs(batch), project=lambda projection: projection.sequence_logps(rows))
+    logps = model(**model_inputs(batch), project=lambda projection: projection.sequence_logps(rows))
+    if not isinstance(logps, Tensor):
+        raise ValueError(
+            f"score_responses: {type(model).__name__} takes no projections; see pyfast_dpo.model.prepare"
+        )
+    return logps

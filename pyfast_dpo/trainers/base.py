@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
@@ -25,10 +24,8 @@ from transformers.trainer_utils import EvalPrediction
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
 from pyfast_dpo.layout.batches import Collator, model_inputs, token_counts
 from pyfast_dpo.model.activations import KeptActivations
-from pyfast_dpo.model.causal_lm import causal_lm_of
-from pyfast_dpo.model.linear_layers import use_own_products
-from pyfast_dpo.model.one_pass import use_one_pass
-from pyfast_dpo.model.ways import EXAMPLES, choose_ways, prepare_reference
+from pyfast_dpo.model.causal_lm import causal_lm_of, check_causal_lm
+from pyfast_dpo.model.prepare import prepare
 from pyfast_dpo.trainers.balancing import balancing_of
 from pyfast_dpo.trainers.callbacks import (
     KeepFreedMemory,
@@ -101,12 +98,7 @@ class PreferenceTrainer(Trainer):
             if quantization_config is not None:
                 init["quantization_config"] = quantization_config
             model = load_model(model, init)
-        embeddings: Any = getattr(model, "get_output_embeddings", None)
-        if embeddings is None or embeddings() is None:
-            raise ValueError(
-                f"{name}: model must be a causal language model of transformers with an lm_head, "
-                f"got {type(model).__name__}"
-            )
+        check_causal_lm(name, model)
         self._balancing = balancing_of(name, causal_lm_of(model), args.router_aux_loss_coef)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
@@ -152,32 +144,26 @@ class PreferenceTrainer(Trainer):
         )
         # The loss is the mean of a micro-batch, so the Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        ways = choose_ways(
+        models = {"model": self._policy} | ({} if ref_model is None else {"ref_model": ref_model})
+        self._prepared_models = prepare(
             name,
-            self._policy,
-            _first_examples(train_dataset, eval_dataset),
-            shared,
-            padded,
-            try_shared_prompt=args.shared_prompt and data_collator is None,
-            context=self.compute_loss_context_manager,
+            models,
+            shared_prompt=args.shared_prompt and data_collator is None,
+            agreed=self._agreed if args.world_size > 1 else None,
         )
-        if ways.shared_prompt:
+        if self._prepared_models.shared_prompt:
             self.data_collator = shared
-        for each in (self._policy, ref_model):
-            if each is not None:
-                use_own_products(each)
-                use_one_pass(each)
         self.ref_model = None
         if ref_model is not None:
-            prepare_reference(ref_model, ways)
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in one dtype
             if is_own_copy and (args.bf16 or args.fp16) and not (sharded or args.sync_ref_model):
                 narrow_linear_layers(ref_model, torch.bfloat16 if args.bf16 else torch.float16)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         if needs_reference and args.precompute_ref_log_probs:
-            self._precompute_reference(train_dataset, "train")
-            for key, dataset in _named(eval_dataset, "eval").items():
-                self._precompute_reference(dataset, key)
+            with self._prepared_models:
+                self._precompute_reference(train_dataset, "train")
+                for key, dataset in _named(eval_dataset, "eval").items():
+                    self._precompute_reference(dataset, key)
             # Without a second model, an adapter's base is still there for other data.
             self._reference_is_gone = ref_model is not None or not hasattr(model, "peft_config")
             self.ref_model = None
@@ -245,6 +231,11 @@ class PreferenceTrainer(Trainer):
             print(prepared.report)
         return prepared
 
+    def _agreed(self, holds: bool) -> bool:
+        """Whether it holds on every process."""
+        flags = torch.tensor([holds], device=self.args.device, dtype=torch.int32)
+        return bool(self.accelerator.gather(flags).all())
+
     @property
     def _policy(self) -> nn.Module:
         assert self.model is not None
@@ -279,6 +270,7 @@ class PreferenceTrainer(Trainer):
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module]:
         """The reference model, without gradient and dropout."""
+        self._prepared_models.apply()
         with torch.no_grad():
             if self.ref_model is not None:
                 yield self.ref_model
@@ -356,6 +348,7 @@ class PreferenceTrainer(Trainer):
         **options: Any,
     ) -> Any:
         """What `project` makes of the model's projection of a batch (`model/projections.py`)."""
+        self._prepared_models.apply()
         return model(**model_inputs(inputs), project=project, **options)
 
     def _project_balanced(
@@ -392,6 +385,15 @@ class PreferenceTrainer(Trainer):
             loss, (logps, labels) = self.compute_loss(model, inputs, return_outputs=True)
         return (loss, None, None) if prediction_loss_only else (loss, logps, labels)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; afterwards the models are as they were, but for their weights."""
+        with self._prepared_models:
+            return super().train(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._prepared_models:
+            return super().predict(*args, **kwargs)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -400,7 +402,8 @@ class PreferenceTrainer(Trainer):
     ) -> dict[str, float]:
         """As `Trainer.evaluate`; raw rows are prepared as those of the constructor."""
         prepared = self._prepared(eval_dataset, self.args, metric_key_prefix)
-        return super().evaluate(prepared, ignore_keys, metric_key_prefix)
+        with self._prepared_models:
+            return super().evaluate(prepared, ignore_keys, metric_key_prefix)
 
     # Metrics ------------------------------------------------------------------------------------------
 
@@ -433,14 +436,6 @@ class PreferenceTrainer(Trainer):
 
 def _named(dataset: Any, name: str) -> dict[str, Any]:
     return dict(dataset) if isinstance(dataset, Mapping) else {name: dataset}
-
-
-def _first_examples(train: Any, evaluation: Any) -> list[dict[str, Any]]:
-    """For the check of the layout."""
-    for dataset in (train, *_named(evaluation, "eval").values()):
-        if isinstance(dataset, PreparedDataset | StreamedDataset):
-            return list(islice(cast(Any, dataset), EXAMPLES))
-    return []
 
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

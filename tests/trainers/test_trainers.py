@@ -17,8 +17,8 @@ from tiny_models import make_model, make_pairs, make_tokenizer
 from trainer_runs import LN2, config, dpo_trainer, lora, train_log
 
 from pyfast_dpo.data import DataCollatorForPreference, prepare_pairs
+from pyfast_dpo.model.prepare import prepare
 from pyfast_dpo.model.projections import score_responses
-from pyfast_dpo.model.ways import Ways, prepare_reference
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260k-hf"
@@ -305,9 +305,8 @@ def test_lora_needs_no_second_model(tmp_path, tokenizer):
         batch = trainer.data_collator(trainer.train_dataset.examples[:4])
         ours = score_responses(reference, batch)
     fresh = make_model()
-    prepare_reference(fresh, Ways(shared_prompt=True, own_logits=False))
     assert all(torch.equal(p, base[name]) for name, p in fresh.named_parameters())
-    with torch.no_grad():
+    with prepare("test", {"model": fresh}), torch.no_grad():
         assert torch.equal(ours, score_responses(fresh, batch))
 
 
