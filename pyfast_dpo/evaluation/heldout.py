@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyfast_dpo.data import PreparedDataset
 from pyfast_dpo.layout.batches import Collator
+from pyfast_dpo.model.prepare import prepare
 from pyfast_dpo.model.projections import score_responses
 
 
@@ -17,17 +18,21 @@ def pair_logps(
     collator: Collator,
     batch_size: int = 8,
 ) -> Tensor:
-    """Summed log-probs `[N, 2]` of the chosen and the rejected response of every pair, on the CPU."""
+    """Summed log-probs `[N, 2]` of the chosen and the rejected response of every pair, on the CPU.
+
+    The model is a causal language model of transformers, or a PEFT model around one; it is left as it was.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     logps = []
-    for start in range(0, len(pairs), batch_size):
-        batch = collator(pairs.examples[start : start + batch_size])
-        scores = score_responses(
-            model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        )
-        logps.append(torch.stack(scores.chunk(2), dim=1).cpu())
+    with prepare("pair_logps", {"model": model}):
+        for start in range(0, len(pairs), batch_size):
+            batch = collator(pairs.examples[start : start + batch_size])
+            scores = score_responses(
+                model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            )
+            logps.append(torch.stack(scores.chunk(2), dim=1).cpu())
     model.train(was_training)
     return torch.cat(logps)
 

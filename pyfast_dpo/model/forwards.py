@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -24,7 +23,9 @@ def replace_forwards(
     for module in model.modules():
         function = None if "forward" in vars(module) else choose(module)
         if function is not None:
-            module.forward = MethodType(function, module)
+            module.forward = partial(
+                function, module
+            )  # which pickles; a method of a function does not
             replaced.append(module)
     return partial(_give_back, replaced)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pyfast_dpo.layout.attention import takes_shared_prompts
 from pyfast_dpo.layout.batches import Batch, completion_rows, model_inputs
 from pyfast_dpo.logprobs.chunks import LossFunction
 from pyfast_dpo.logprobs.head import Head
@@ -181,6 +182,10 @@ def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     names = ("shared_prompt_layout", "output_router_logits")
     project = kwargs.pop("project")
     options = {name: kwargs.pop(name) for name in names if name in kwargs}
+    if "shared_prompt_layout" in options and not takes_shared_prompts(causal_lm_of(model)):
+        raise ValueError(
+            f"{type(model).__name__}: the batch holds shared prompts, and the model does not take them here"
+        )
     _calls.running.append(_Call(model, project, options))
     return args, kwargs
 

@@ -18,7 +18,6 @@ from pyfast_dpo.cli import main
 from pyfast_dpo.cli.demo import QUESTION
 from pyfast_dpo.data import DataCollatorForPreference, demo_pairs, prepare_pairs
 from pyfast_dpo.evaluation.heldout import pair_logps, preference_accuracy
-from pyfast_dpo.model.projections import take_projections
 
 
 @pytest.mark.parametrize("flags", [[], ["--full"]])
@@ -68,7 +67,6 @@ def test_preference_is_checkable(answer, follows):
 
 def test_heldout_accuracy_is_of_summed_log_probs():
     tokenizer, model = make_tokenizer(), make_model()
-    take_projections(model)
     pairs = prepare_pairs(make_pairs(7), tokenizer)
     logps = pair_logps(model, pairs, DataCollatorForPreference(1), batch_size=3)
     alone = pair_logps(model, pairs, DataCollatorForPreference(1), batch_size=1)
