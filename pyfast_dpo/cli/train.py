@@ -107,7 +107,7 @@ def _build(options: argparse.Namespace) -> tuple[PreferenceTrainer, ProgressTabl
 
     quiet_transformers("pyfast-dpo train")
     from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-    from pyfast_dpo.trainers.base import load_model
+    from pyfast_dpo.trainers.construction import load_model
 
     lora = options.tuning == "lora"
     given = {

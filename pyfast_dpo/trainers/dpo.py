@@ -23,8 +23,10 @@ from pyfast_dpo.losses.pairs import preference_loss
 from pyfast_dpo.losses.table import couples_batch, needs_reference
 from pyfast_dpo.losses.weighting import ld_row_weights
 from pyfast_dpo.model.projections import Projection
-from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
+from pyfast_dpo.trainers.base import PreferenceTrainer
 from pyfast_dpo.trainers.config import DPOConfig
+from pyfast_dpo.trainers.construction import pad_token
+from pyfast_dpo.trainers.loaders import Rows
 from pyfast_dpo.trainers.metrics import MetricAverages
 
 

@@ -18,8 +18,10 @@ from pyfast_dpo.data import (
 from pyfast_dpo.layout.batches import Collator, completion_rows, sums
 from pyfast_dpo.losses.unpaired import kto_kl, unpaired_loss
 from pyfast_dpo.model.projections import Projection
-from pyfast_dpo.trainers.base import PreferenceTrainer, Rows, pad_token
+from pyfast_dpo.trainers.base import PreferenceTrainer
 from pyfast_dpo.trainers.config import KTOConfig
+from pyfast_dpo.trainers.construction import pad_token
+from pyfast_dpo.trainers.loaders import Rows
 from pyfast_dpo.trainers.metrics import MetricAverages
 
 

@@ -16,6 +16,7 @@ from trainer_runs import LN2, config, dpo_trainer, lora, train_log
 
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from pyfast_dpo.trainers import base as base_module
+from pyfast_dpo.trainers import precomputed as precomputed_module
 from pyfast_dpo.trainers import reference as reference_module
 
 
@@ -102,7 +103,7 @@ def test_computing_the_reference_goes_on_where_it_was_stopped(cache):
         return torch.tensor([[float(example["prompt_ids"][0])] for example in part])
 
     def run():
-        return reference_module.computed_once(
+        return precomputed_module.computed_once(
             "key", examples, ("ref_logps",), 3, compute, name="train"
         )
 
@@ -123,7 +124,7 @@ def test_computing_the_reference_goes_on_where_it_was_stopped(cache):
 def test_each_process_computes_its_own_share():
     examples = [{"prompt_ids": [i]} for i in range(5)]
     shares = [
-        reference_module.computed_once(
+        precomputed_module.computed_once(
             "share", examples, ("ref_logps",), 2,
             lambda part: torch.tensor([[float(e["prompt_ids"][0])] for e in part]),
             name="train", rank=rank, world=2,

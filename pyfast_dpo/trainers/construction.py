@@ -1,0 +1,62 @@
+"""What a trainer is made from: its arguments checked, models and tokenizers loaded by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from pyfast_dpo.model.causal_lm import check_causal_lm
+
+
+def causal_lm(
+    name: str,
+    model: str | PreTrainedModel | nn.Module,
+    init_kwargs: dict[str, Any],
+    quantization_config: Any,
+) -> PreTrainedModel | nn.Module:
+    """The model to train, loaded if it is given by name.
+
+    Args:
+        name: of the trainer, for errors.
+        model: a model, or a name or path for `from_pretrained`.
+        init_kwargs, quantization_config: for a model given by name.
+
+    Raises:
+        ValueError: a quantization_config for a model that is there already; a model without an lm_head.
+    """
+    if quantization_config is not None and not isinstance(model, str):
+        raise ValueError(
+            f"{name}: quantization_config is for a model given by name, got {type(model).__name__}"
+        )
+    if isinstance(model, str):
+        init = dict(init_kwargs)
+        if quantization_config is not None:
+            init["quantization_config"] = quantization_config
+        model = load_model(model, init)
+    check_causal_lm(name, model)
+    return model
+
+
+def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A causal language model by name or path, in float32 unless `init_kwargs` says otherwise."""
+    return AutoModelForCausalLM.from_pretrained(
+        name, **{"dtype": torch.float32, **(init_kwargs or {})}
+    )
+
+
+def use_pad_token(name: str, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Lets the tokenizer pad with a token of its vocabulary, here and where it is saved."""
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"{name}: pad_token must be a token of the tokenizer, got {token!r}")
+    tokenizer.pad_token = token
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any token serves as padding, since masks come from lengths."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0

@@ -1,0 +1,81 @@
+"""From rows to batches: what a trainer accepts as a dataset, and the loaders of prepared ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
+from pyfast_dpo.trainers.config import PreferenceConfig
+from pyfast_dpo.trainers.sampling import token_budget_loader
+
+Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a stream of rows
+
+
+class DatasetTrainer(Trainer):
+    """A `Trainer` that takes raw rows; a subclass says how they are prepared.
+
+    `data_reports` accounts for the rows of every dataset, by its name.
+    """
+
+    signature_columns: ClassVar[tuple[str, ...]]
+    reference_columns: ClassVar[tuple[str, ...]]
+    args: PreferenceConfig
+    data_reports: dict[str, DataReport]
+
+    def _prepare_rows(self, rows: Rows, args: Any, name: str) -> PreparedDataset | StreamedDataset:
+        raise NotImplementedError
+
+    def _prepared(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
+        """The dataset as token ids; what is prepared already, or nothing, stays as it is."""
+        if dataset is None or isinstance(dataset, PreparedDataset | StreamedDataset | str):
+            return dataset
+        if isinstance(dataset, Mapping):
+            return {key: self._prepared(value, args, key) for key, value in dataset.items()}
+        if isinstance(dataset, Iterator):
+            raise TypeError(
+                f"{type(self).__name__}: {name}_dataset must be readable more than once (a list of dicts, a "
+                f"datasets.Dataset or IterableDataset), got {type(dataset).__name__}"
+            )
+        if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"{type(self).__name__}: {name}_dataset must hold rows (a list of dicts, a "
+                f"datasets.Dataset or IterableDataset), got {type(dataset).__name__}"
+            )
+        prepared = self._prepare_rows(dataset, args, name)
+        self.data_reports[name] = prepared.report
+        if args.process_index == 0 and isinstance(prepared, PreparedDataset):
+            print(prepared.report)
+        return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The columns that the collator needs: the Trainer drops all others before it.
+        self._signature_columns = [*self.signature_columns, *self.reference_columns]  # type: ignore[assignment]
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        budget = self.args.max_tokens_per_batch
+        if budget is None or not isinstance(dataset, PreparedDataset):
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        training = kwargs.get("is_training", False)
+        return self.accelerator.prepare(
+            token_budget_loader(dataset, budget, self.args, self.data_collator, training)
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(
+            dataset, PreparedDataset
+        ):
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(batch, lengths=dataset.tokens())
+        return super()._get_train_sampler(train_dataset)
+
+
+def named_datasets(dataset: Any, name: str) -> dict[str, Any]:
+    """Evaluation datasets by name, whether one or several were given."""
+    return dict(dataset) if isinstance(dataset, Mapping) else {name: dataset}

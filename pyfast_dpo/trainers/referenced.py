@@ -1,0 +1,95 @@
+"""A trainer with a reference: the model that it is, or log-probs that were computed before training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from pyfast_dpo.data import PreparedDataset
+from pyfast_dpo.model.prepare import PreparedModels
+from pyfast_dpo.trainers.config import PreferenceConfig
+from pyfast_dpo.trainers.precomputed import computed_once, reference_key
+from pyfast_dpo.trainers.reference import as_reference
+
+
+class ReferencedTrainer(Trainer):
+    """A `Trainer` whose policy is held against a reference.
+
+    Attributes:
+        ref_model: the reference model; None if it is the policy without its adapter, or gone, or not needed.
+    """
+
+    reference_columns: ClassVar[tuple[str, ...]]
+    args: PreferenceConfig
+    ref_model: nn.Module | None
+    _prepared_models: PreparedModels
+    _reference_adapter: str | None = None  # kept as the reference
+    _reference_is_gone: bool = False  # when its log-probs were computed before training
+
+    @property
+    def _policy(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
+        """What the reference says of a batch, `[examples, columns]` in the order of `reference_columns`."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """The reference model, without gradient and dropout."""
+        self._prepared_models.apply()
+        with torch.no_grad():
+            if self.ref_model is not None:
+                yield self.ref_model
+                return
+            if self._reference_is_gone:
+                raise ValueError(
+                    f"{type(self).__name__}: the reference's log-probs were computed before training, and the "
+                    "batch has none; give every dataset to the constructor, and let the collator keep the "
+                    f"columns {self.reference_columns}"
+                )
+            unwrapped = self.accelerator.unwrap_model(self._policy)
+            with as_reference(self._policy, unwrapped, self._reference_adapter) as model:
+                yield model
+
+    def _precompute_reference(self, dataset: Any, name: str) -> None:
+        """Adds the reference's log-probs to the examples, from the cache as far as they are there."""
+        if dataset is None:
+            return
+        if not isinstance(dataset, PreparedDataset):
+            raise ValueError(
+                f"{type(self).__name__}: precompute_ref_log_probs needs a dataset with a length, and the "
+                f"{name} dataset is a stream"
+            )
+        columns = self.reference_columns
+
+        def compute(examples: list[dict[str, Any]]) -> Tensor:
+            inputs = self._prepare_inputs(self.data_collator(examples))
+            with self.compute_loss_context_manager():
+                return self._reference_values(inputs)
+
+        source = self.ref_model if self.ref_model is not None else self._policy
+        table = computed_once(
+            reference_key(
+                self.accelerator.unwrap_model(source),
+                dataset.examples,
+                f"{columns} {self.args.bf16} {self.args.fp16}",
+            ),
+            dataset.examples,
+            columns,
+            self.args.precompute_ref_batch_size or self.args.eval_batch_size,
+            compute,
+            name=name,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+        values = torch.from_numpy(table).nan_to_num(0.0).to(self.args.device)
+        values = self.accelerator.reduce(values, "sum").cpu()
+        for example, row in zip(dataset.examples, values.tolist(), strict=True):
+            example.update(zip(columns, row, strict=True))
