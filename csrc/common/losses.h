@@ -3,6 +3,7 @@
 // A loss is one struct with a name and `eval<T>`, its value and exact first derivatives:
 //     losses_pair.h      of a pair's two log-ratios, or of their difference alone
 //     losses_unpaired.h  of one log-ratio, its label and the KL estimate
+//     losses_policy.h    of one token's log-prob, its log-ratio and its advantage
 // Nothing here knows a vocabulary, a dtype of logits or a device. To add a loss: write its struct,
 // add it to the list, add its formula to pyfast_dpo/losses/oracle.py and its row to
 // pyfast_dpo/losses/table.py, which also says what the public names see (the reference or not, sums
@@ -12,6 +13,7 @@
 #include <cstring>
 
 #include "common/losses_pair.h"
+#include "common/losses_policy.h"
 #include "common/losses_unpaired.h"
 
 namespace pyfast_dpo {
@@ -40,5 +42,6 @@ struct LossList {
 using PairLosses = LossList<Sigmoid, Robust, Hinge, Ipo, ExoPair, DiscoPop, NcaPair, BcoPair,
                             SppoHard, ApoZero, ApoDown, Sft, Orpo>;
 using UnpairedLosses = LossList<Kto, Bco>;
+using PolicyLosses = LossList<Clip, Cispo, Sapo, Vespo, Reinforce>;
 
 }  // namespace pyfast_dpo

@@ -242,4 +242,59 @@ struct UnpairedLossParams {
   void* grad_policy;  // [N]
 };
 
+// Losses of a policy on one number a token (losses_policy.h). N tokens of S sequences, which follow
+// one another.
+
+struct PolicyOptions {
+  double epsilon;       // the range of the ratio begins at 1 - epsilon
+  double epsilon_high;  // and ends at 1 + epsilon_high; for cispo the largest ratio itself
+  double delta;         // the largest ratio where the advantage is negative; infinity: none
+  double sapo_temperature_pos, sapo_temperature_neg;
+  double vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
+};
+
+enum class KlEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2 };
+
+struct PolicyLossParams {
+  DType dtype;  // kFloat32 or kFloat64
+  int loss;     // index into PolicyLosses
+  int64_t tokens;
+  int64_t sequences;
+  PolicyOptions options;
+  bool sequence_level;       // the ratio is that of the sequence, e^(mean of logp - old)
+  bool sequence_means;       // a token weighs 1 / scored tokens of its sequence, else 1
+  bool advantage_per_token;  // else one a sequence
+  double beta;               // of the penalty
+  KlEstimator kl_estimator;
+  bool kl_with_ratio;      // the penalty of a token times its ratio
+  const void* logps;       // [N]
+  const void* old;         // [N] or null: logps
+  const void* reference;   // [N] or null: no penalty
+  const void* advantages;  // [N] or [S]
+  const void* correction;  // [N] or null: 1; weighs the policy's term, not the penalty
+  const bool* mask;        // [N] or null: all are scored
+  const int64_t* offsets;  // [S + 1]
+  void* sequence_losses;   // [S] sums of weight * loss over the scored tokens
+  void* token_losses;      // [N]
+  void* coefficients;      // [N] d sequence_loss / d logp
+  void* kl;                // [N]
+  void* ratios;            // [N]
+  int8_t* clipped;         // [N]
+};
+
+// Generalized advantage estimation (Schulman et al. 2016, eq. 16) over B rows of T steps.
+struct GaeParams {
+  DType dtype;
+  int64_t batch;
+  int64_t length;
+  double gamma;
+  double lam;
+  const void* rewards;      // [B, T]
+  const void* values;       // [B, T]
+  const void* last_values;  // [B] or null: 0; the value after the last step
+  const bool* dones;        // [B, T] or null: the episode ends with this step
+  const bool* mask;         // [B, T] or null: steps that are none are passed over
+  void* advantages;         // [B, T]
+};
+
 }  // namespace pyfast_dpo

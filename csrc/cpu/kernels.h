@@ -129,5 +129,7 @@ void pair_loss_forward(const PairLossParams& params);
 void pair_loss_backward(const PairLossParams& params);
 void unpaired_loss_forward(const UnpairedLossParams& params);
 void unpaired_loss_backward(const UnpairedLossParams& params);
+void policy_loss(const PolicyLossParams& params);
+void gae(const GaeParams& params);
 
 }  // namespace pyfast_dpo::cpu

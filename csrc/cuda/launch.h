@@ -27,5 +27,7 @@ int pair_loss_forward(const PairLossParams& params, Stream stream);
 int pair_loss_backward(const PairLossParams& params, Stream stream);
 int unpaired_loss_forward(const UnpairedLossParams& params, Stream stream);
 int unpaired_loss_backward(const UnpairedLossParams& params, Stream stream);
+int policy_loss(const PolicyLossParams& params, Stream stream);
+int gae(const GaeParams& params, Stream stream);
 
 }  // namespace pyfast_dpo::cuda

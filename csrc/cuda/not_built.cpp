@@ -16,5 +16,7 @@ int pair_loss_forward(const PairLossParams&, Stream) { return kNotBuilt; }
 int pair_loss_backward(const PairLossParams&, Stream) { return kNotBuilt; }
 int unpaired_loss_forward(const UnpairedLossParams&, Stream) { return kNotBuilt; }
 int unpaired_loss_backward(const UnpairedLossParams&, Stream) { return kNotBuilt; }
+int policy_loss(const PolicyLossParams&, Stream) { return kNotBuilt; }
+int gae(const GaeParams&, Stream) { return kNotBuilt; }
 
 }  // namespace pyfast_dpo::cuda

@@ -1,10 +1,11 @@
-// pyfast_dpo.ops._C: build facts, CPU capability, loss names, the scalar losses, and the NumPy entry
-// points. Importing it also runs the operator registrations of csrc/torch. No tensor crosses
+// pyfast_dpo.ops._C: build facts, CPU capability, loss names, the scalar losses, and the NumPy
+// entry points. Importing it also runs the operator registrations of csrc/torch. No tensor crosses
 // pybind11.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -199,6 +200,64 @@ py::tuple unpaired_loss(const Array<T>& policy, const std::optional<Array<T>>& r
   return py::make_tuple(losses, rewards, d_policy);
 }
 
+// PPO's clipped loss of tokens -> losses [N], d losses / d logps [N]
+template <class T>
+py::tuple ppo_loss(const Array<T>& logps, const Array<T>& old, const Array<T>& advantages,
+                   double epsilon) {
+  const py::ssize_t count = logps.size();
+  if (old.size() != count || advantages.size() != count) {
+    throw py::value_error("arrays must have equal lengths");
+  }
+  Array<T> losses(count), gradient(count);
+  std::vector<T> kl(static_cast<size_t>(count)), ratios(static_cast<size_t>(count));
+  std::vector<int8_t> clipped(static_cast<size_t>(count));
+  const int64_t offsets[2] = {0, count};
+  T total = 0;
+  PolicyLossParams params{};
+  params.dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+  params.loss = index_of<PolicyLosses>(Clip::name);
+  params.tokens = count;
+  params.sequences = 1;
+  params.options.epsilon = params.options.epsilon_high = epsilon;
+  params.options.delta = std::numeric_limits<double>::infinity();
+  params.advantage_per_token = true;
+  params.logps = logps.data();
+  params.old = old.data();
+  params.advantages = advantages.data();
+  params.offsets = offsets;
+  params.sequence_losses = &total;
+  params.token_losses = losses.mutable_data();
+  params.coefficients = gradient.mutable_data();
+  params.kl = kl.data();
+  params.ratios = ratios.data();
+  params.clipped = clipped.data();
+  cpu::policy_loss(params);
+  return py::make_tuple(losses, gradient);
+}
+
+// Advantages [T] of consecutive steps.
+Array<double> gae(const Array<double>& rewards, const Array<double>& values,
+                  const Array<bool>& dones, double last_value, double gamma, double lam) {
+  const py::ssize_t count = rewards.size();
+  if (values.size() != count || dones.size() != count) {
+    throw py::value_error("arrays must have equal lengths");
+  }
+  Array<double> advantages(count);
+  GaeParams params{};
+  params.dtype = DType::kFloat64;
+  params.batch = 1;
+  params.length = count;
+  params.gamma = gamma;
+  params.lam = lam;
+  params.rewards = rewards.data();
+  params.values = values.data();
+  params.last_values = &last_value;
+  params.dones = dones.data();
+  params.advantages = advantages.mutable_data();
+  cpu::gae(params);
+  return advantages;
+}
+
 }  // namespace
 }  // namespace pyfast_dpo
 
@@ -212,6 +271,7 @@ PYBIND11_MODULE(_C, m) {
         [] { return cpu::kernels() == nullptr ? 1 : cpu::kernels()->gemm.rows; });
   m.def("pair_loss_names", &names<PairLosses>);
   m.def("unpaired_loss_names", &names<UnpairedLosses>);
+  m.def("policy_loss_names", &names<PolicyLosses>);
   m.def("sequence_logps", &sequence_logps);
   // noconvert: float32 arrays take the float32 overload, and nothing is cast behind the caller's
   // back.
@@ -227,4 +287,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
   m.def("unpaired_loss", &unpaired_loss<double>, py::arg().noconvert(), py::arg().noconvert(),
         py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
+  m.def("ppo_loss", &ppo_loss<float>, py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg());
+  m.def("ppo_loss", &ppo_loss<double>, py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg());
+  m.def("gae", &gae);
 }

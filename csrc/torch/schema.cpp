@@ -113,4 +113,20 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "unpaired_loss_backward(Tensor grad_losses, Tensor policy, Tensor? reference, "
       "Tensor is_desirable, Tensor kl, str loss, float beta, float desirable_weight, "
       "float undesirable_weight) -> Tensor");
+
+  // Policy losses: log-probs, advantages ([N] or [S]), correction [N] stat, mask [N] bool, offsets
+  // [S + 1] int64 on the device of the others -> sums over the scored tokens of each sequence [S];
+  // per token [N]: losses, d sum / d log-prob, KL estimates, ratios, clipped int8
+  m.def(
+      "policy_loss(Tensor logps, Tensor? old, Tensor? reference, Tensor advantages, Tensor? "
+      "correction, Tensor? mask, Tensor offsets, str loss, bool sequence_level, bool "
+      "sequence_means, float epsilon, float epsilon_high, float delta, float sapo_temperature_pos, "
+      "float sapo_temperature_neg, float vespo_k_pos, float vespo_lambda_pos, float vespo_k_neg, "
+      "float vespo_lambda_neg, float beta, str kl_estimator, bool kl_with_ratio) -> (Tensor "
+      "sequence_losses, Tensor token_losses, Tensor coefficients, Tensor kl, Tensor ratios, Tensor "
+      "clipped)");
+  // rewards, values [B, T], last_values [B] stat, dones, mask [B, T] bool -> advantages [B, T]
+  m.def(
+      "gae(Tensor rewards, Tensor values, Tensor? last_values, Tensor? dones, Tensor? mask, float "
+      "gamma, float lam) -> Tensor");
 }

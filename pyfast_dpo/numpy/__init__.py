@@ -6,10 +6,13 @@ The same kernels as the torch operators, on the CPU. Gradients are those of the 
 from pyfast_dpo.numpy.batch import PreferencePair, create_preference_batch
 from pyfast_dpo.numpy.logprobs import compute_sequence_logprob
 from pyfast_dpo.numpy.pairs import PairResult, dpo_loss, ipo_loss, preference_loss
+from pyfast_dpo.numpy.policy import PPOBuffer, PPOResult, ppo_loss
 from pyfast_dpo.numpy.reward import RewardResult, reward_loss
 from pyfast_dpo.numpy.unpaired import UnpairedResult, kto_loss, unpaired_loss
 
 __all__ = [
+    "PPOBuffer",
+    "PPOResult",
     "PairResult",
     "PreferencePair",
     "RewardResult",
@@ -19,6 +22,7 @@ __all__ = [
     "dpo_loss",
     "ipo_loss",
     "kto_loss",
+    "ppo_loss",
     "preference_loss",
     "reward_loss",
     "unpaired_loss",

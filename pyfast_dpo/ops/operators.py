@@ -29,6 +29,8 @@ seq_logp_backward_ = _namespace.seq_logp_backward_
 seq_logp_backward_out = _namespace.seq_logp_backward_out
 pair_loss = _namespace.pair_loss
 unpaired_loss = _namespace.unpaired_loss
+policy_loss = _namespace.policy_loss
+gae = _namespace.gae
 row_statistics = _namespace.row_statistics
 head_logits_ = _namespace.head_logits_
 head_grad_rows = _namespace.head_grad_rows
@@ -171,6 +173,62 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "pyfast_dpo::unpaired_loss", _unpaired_loss_backward, setup_context=_loss_setup
+)
+
+
+# --- losses of a policy, which hand their gradient on as coefficients of tokens -------------------------
+
+
+@torch.library.register_fake("pyfast_dpo::policy_loss")
+def _(logps, old, reference, advantages, correction, mask, offsets, *options):
+    per_token = [torch.empty_like(logps) for _ in range(4)]
+    clipped = logps.new_empty(logps.shape, dtype=torch.int8)
+    return logps.new_empty((offsets.shape[0] - 1,)), *per_token, clipped
+
+
+@torch.library.register_fake("pyfast_dpo::gae")
+def _(rewards, values, *rest):
+    return torch.empty_like(rewards, memory_format=torch.contiguous_format)
+
+
+def _policy_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], inputs[6], inputs[0])
+    ctx.rest = (None,) * (len(inputs) - 1)
+
+
+def _policy_loss_backward(ctx: Any, grad_sequences: Tensor | None, *_: None):
+    if grad_sequences is None:
+        return None, *ctx.rest
+    return _PolicyLossGradient.apply(grad_sequences, *ctx.saved_tensors), *ctx.rest
+
+
+class _PolicyLossGradient(torch.autograd.Function):
+    """The coefficients depend on the log-probs, which are here so that a second derivative is refused."""
+
+    @staticmethod
+    def forward(
+        grad_sequences: Tensor, coefficients: Tensor, offsets: Tensor, logps: Tensor
+    ) -> Tensor:
+        per_token = grad_sequences.repeat_interleave(
+            offsets.diff(), output_size=coefficients.shape[0]
+        )
+        return per_token * coefficients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "pyfast_dpo::policy_loss has no second derivative; use impl='torch' for double backward"
+        )
+
+
+torch.library.register_autograd(
+    "pyfast_dpo::policy_loss", _policy_loss_backward, setup_context=_policy_loss_setup
 )
 
 

@@ -129,6 +129,31 @@ class RowStatisticsParams(ctypes.Structure):
     _fields_ += [(n, _PTR) for n in ("is_top1", "log_sum_sq_probs")]
 
 
+class PolicyOptions(ctypes.Structure):
+    _names = (
+        "epsilon", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos",
+        "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+    )  # fmt: skip
+    _fields_ = [(n, ctypes.c_double) for n in _names]
+
+
+class PolicyLossParams(ctypes.Structure):
+    _fields_ = [("dtype", _INT), ("loss", _INT), ("tokens", _I64), ("sequences", _I64)]
+    _fields_ += [("options", PolicyOptions)]
+    _fields_ += [(n, _BOOL) for n in ("sequence_level", "sequence_means", "advantage_per_token")]
+    _fields_ += [("beta", ctypes.c_double), ("kl_estimator", _INT), ("kl_with_ratio", _BOOL)]
+    _fields_ += [(n, _PTR) for n in ("logps", "old", "reference", "advantages", "correction")]
+    _fields_ += [(n, _PTR) for n in ("mask", "offsets", "sequence_losses", "token_losses")]
+    _fields_ += [(n, _PTR) for n in ("coefficients", "kl", "ratios", "clipped")]
+
+
+class GaeParams(ctypes.Structure):
+    _fields_ = [("dtype", _INT), ("batch", _I64), ("length", _I64)]
+    _fields_ += [(n, ctypes.c_double) for n in ("gamma", "lam")]
+    _fields_ += [(n, _PTR) for n in ("rewards", "values", "last_values", "dones", "mask")]
+    _fields_ += [("advantages", _PTR)]
+
+
 class KernelError(RuntimeError):
     pass
 

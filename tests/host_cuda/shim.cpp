@@ -16,10 +16,13 @@ void pfd_sizes(int64_t* sizes) {
   sizes[2] = sizeof(PairLossParams);
   sizes[3] = sizeof(UnpairedLossParams);
   sizes[4] = sizeof(RowStatisticsParams);
+  sizes[5] = sizeof(PolicyLossParams);
+  sizes[6] = sizeof(GaeParams);
 }
 
 int pfd_pair_loss_index(const char* name) { return PairLosses::index_of(name); }
 int pfd_unpaired_loss_index(const char* name) { return UnpairedLosses::index_of(name); }
+int pfd_policy_loss_index(const char* name) { return PolicyLosses::index_of(name); }
 
 int pfd_seq_logp_slices(int dtype, int64_t vocab) {
   return static_cast<int>(cuda::seq_logp_slices(static_cast<DType>(dtype), vocab));
@@ -42,6 +45,8 @@ int pfd_unpaired_loss_forward(const UnpairedLossParams* params) {
 int pfd_unpaired_loss_backward(const UnpairedLossParams* params) {
   return cuda::unpaired_loss_backward(*params, nullptr);
 }
+int pfd_policy_loss(const PolicyLossParams* params) { return cuda::policy_loss(*params, nullptr); }
+int pfd_gae(const GaeParams* params) { return cuda::gae(*params, nullptr); }
 int pfd_row_statistics(const RowStatisticsParams* params) {
   return cuda::row_statistics(*params, nullptr);
 }

@@ -12,12 +12,13 @@ CORE = {
     "pyfast_dpo": (
         "BcoShift CompletionRows FusedLinearLoss LinearStatistics __version__ build_info fused_dpo_loss "
         "fused_ipo_loss fused_kto_loss fused_linear_dpo_loss fused_linear_ipo_loss fused_linear_kto_loss "
-        "fused_linear_loss kto_kl kto_loss ld_row_weights ld_token_weights linear_sequence_logps "
-        "linear_token_logps preference_loss reward_loss sequence_logps token_logps unpaired_loss wpo_weights"
+        "fused_linear_loss gae group_advantages kto_kl kto_loss ld_row_weights ld_token_weights linear_sequence_logps "
+        "linear_token_logps policy_loss policy_normalizer preference_loss reward_loss rloo_advantages sampling_correction sequence_logps token_logps unpaired_loss "
+        "value_loss wpo_weights"
     ),
     "pyfast_dpo.numpy": (
-        "PairResult PreferencePair RewardResult UnpairedResult compute_sequence_logprob create_preference_batch "
-        "dpo_loss ipo_loss kto_loss preference_loss reward_loss unpaired_loss"
+        "PPOBuffer PPOResult PairResult PreferencePair RewardResult UnpairedResult compute_sequence_logprob create_preference_batch "
+        "dpo_loss ipo_loss kto_loss ppo_loss preference_loss reward_loss unpaired_loss"
     ),
     "pyfast_dpo.distributed": "vocab_parallel_sequence_logps vocab_parallel_token_logps",
 }

@@ -22,6 +22,7 @@ from _helpers import assert_rule, bits, name_of
 from torch import Tensor
 
 from pyfast_dpo import preference_loss, unpaired_loss
+from pyfast_dpo.losses.policy_table import POLICY_LOSS_NAMES
 from pyfast_dpo.losses.table import (
     OPTIONS,
     PAIR_LOSS_NAMES,
@@ -238,7 +239,9 @@ def test_every_name_has_a_formula_here_and_a_place_in_the_documentation() -> Non
         for name in re.findall(r"`(\w+)`", line)
     ]
     documented = {name for name in headings if name not in ("reward_loss",)}
-    assert documented == {*PAIR_LOSS_NAMES, *UNPAIRED_LOSS_NAMES}, "headings of docs/losses"
+    assert documented == {*PAIR_LOSS_NAMES, *UNPAIRED_LOSS_NAMES, *POLICY_LOSS_NAMES}, (
+        "headings of docs/losses"
+    )
     assert len(headings) == len(set(headings)), "a loss with two headings"
 
 
