@@ -31,11 +31,9 @@ def config(kind, tmp_path, **options):
     return kind(**{**defaults, **options})
 
 
-def lora(dropout=0.0):
+def lora():
     peft = pytest.importorskip("peft")
-    return peft.LoraConfig(
-        r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
-    )
+    return peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def train_log(trainer):

@@ -1,13 +1,10 @@
 """Preference data: reading, checking, tokenizing and batching."""
 
 from pyfast_dpo.data.loading import load_rows
-from pyfast_dpo.data.prepare import (
-    PreparedDataset,
-    StreamedDataset,
-    prepare_pairs,
-    prepare_unpaired,
-)
+from pyfast_dpo.data.prepare import prepare_pairs, prepare_unpaired
+from pyfast_dpo.data.prepared import PreparedDataset
 from pyfast_dpo.data.report import DataReport
+from pyfast_dpo.data.streams import StreamedDataset
 from pyfast_dpo.layout.padded_collators import (
     DataCollatorForPreference,
     DataCollatorForUnpairedPreference,

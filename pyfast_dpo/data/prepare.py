@@ -1,73 +1,49 @@
-"""From rows to token ids: tokenize, find where the response begins, cut to `max_length`, report every loss."""
+"""From rows to examples of token ids, with an account of every row."""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from pyfast_dpo.data.messages import UnusableRow, template_options, without_none
+from pyfast_dpo.data.prepared import Example, PreparedDataset
 from pyfast_dpo.data.report import DataReport
 from pyfast_dpo.data.rows import (
     PAIR_COLUMNS,
     UNPAIRED_COLUMNS,
-    Text,
-    UnusableRow,
     check_columns,
+    is_pair,
     parse_pair,
     parse_unpaired,
 )
+from pyfast_dpo.data.streams import StreamedDataset, is_of_datasets
+from pyfast_dpo.data.tokenization import TextTokenizer, Tokenized
+from pyfast_dpo.layout.padded_collators import MASK_SUFFIX
 from pyfast_dpo.ops.extras import require
 
-Example = dict[str, Any]
-Ids = np.ndarray  # int32, one dimension: a tenth of the memory of a list of ints
 Row = Mapping[str, Any]
+Numbered = tuple[int, Example]  # with the number of its row
+Finish = Callable[[Iterable[Numbered]], Iterator[Numbered]]  # what examples get from one another
 
 SHOW_PROGRESS_FROM = 5000  # rows; fewer are tokenized in a second or two
+ROWS_OF_A_TASK = 256  # of a process of `num_proc`
+USELESS_ROWS = 1000  # at the beginning of a stream, after which there is no hope
+REASON_LENGTH = 200  # characters of another library's error
 
 
-class PreparedDataset(Dataset[Example]):
-    """Tokenized examples with the report of how they came about."""
+class Outcome(NamedTuple):
+    """What became of one row."""
 
-    def __init__(self, examples: list[Example], report: DataReport) -> None:
-        self.examples = examples
-        self.report = report
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-    def tokens(self) -> list[int]:
-        """Tokens that every example brings to a batch of shared prompts."""
-        return [
-            sum(len(ids) for name, ids in example.items() if name.endswith("_ids"))
-            for example in self.examples
-        ]
-
-
-class StreamedDataset(IterableDataset[Example]):
-    """Tokenizes rows as they are read, for data without a length; `report` counts those of the last pass."""
-
-    def __init__(
-        self,
-        rows: Iterable[Row],
-        examples: Callable[[Iterable[Row], DataReport], Iterator[Example]],
-        name: str,
-    ) -> None:
-        self._rows, self._examples = rows, examples
-        self.report = DataReport(name)
-
-    def __iter__(self) -> Iterator[Example]:
-        self.report = DataReport(self.report.name)
-        worker = get_worker_info()
-        rows: Iterable[Row] = self._rows
-        if worker is not None:
-            rows = islice(rows, worker.id, None, worker.num_workers)
-        return self._examples(rows, self.report)
+    examples: list[Example]
+    reason: str | None = None  # why there are none
+    truncated: bool = False
+    shifted: bool = False
 
 
 def prepare_pairs(
@@ -76,30 +52,37 @@ def prepare_pairs(
     *,
     max_length: int | None = 1024,
     name: str = "train",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    num_proc: int | None = None,
 ) -> PreparedDataset | StreamedDataset:
     """Pairs as token ids.
 
     Args:
         rows: dicts, a `datasets.Dataset`, or a stream of rows (anything that can be iterated again but has
             no length, such as a `datasets.IterableDataset`), with the columns of `pyfast_dpo.data.rows`.
-        tokenizer: a `transformers` tokenizer, with a chat template if the rows are messages. Plain
-            responses get its end-of-sequence token appended.
+        tokenizer: a `transformers` tokenizer, or a processor, whose tokenizer is used; with a chat template if
+            the rows are messages. Plain responses get its end-of-sequence token appended.
         max_length: the most tokens of prompt + response; responses are cut, prompts never.
         name: of the dataset, for the report.
+        chat_template_kwargs: options of the chat template for all rows, such as `{"enable_thinking": False}`;
+            those in a row's own column `chat_template_kwargs` come first.
+        num_proc: processes that tokenize; not for streams, whose data loader has workers.
 
     Returns:
-        Examples `{"prompt_ids", "chosen_ids", "rejected_ids"}` of int32 arrays; `.report` accounts for
-        every row. For a stream they are made as they are read.
+        Examples `{"prompt_ids", "chosen_ids", "rejected_ids"}` of lists of ints; where tools or users speak inside
+        a response also `chosen_assistant_mask` and `rejected_assistant_mask`, 1 for each token of the
+        assistant's own turns, which alone are scored. `.report` accounts for every row. For a stream they are
+        made as they are read.
 
     Raises:
-        ValueError: a missing column, with its row; no usable row; messages without a chat template.
+        ValueError: a first row without a needed column; no usable row, with the reasons.
+        TypeError: a first row that is not a mapping.
     """
 
-    def examples(rows: Iterable[Row], report: DataReport) -> Iterator[Example]:
-        for prompt, chosen, rejected in _tokenized_pairs(rows, tokenizer, max_length, report):
-            yield {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-
-    return _prepared(rows, examples, name, PAIR_COLUMNS)
+    examples_of = functools.partial(
+        _pair, tokenize=TextTokenizer(tokenizer, max_length), given=dict(chat_template_kwargs or {})
+    )
+    return _prepared(rows, examples_of, iter, name, num_proc)
 
 
 def prepare_unpaired(
@@ -108,6 +91,8 @@ def prepare_unpaired(
     *,
     max_length: int | None = 1024,
     name: str = "train",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    num_proc: int | None = None,
 ) -> PreparedDataset | StreamedDataset:
     """Unpaired examples as token ids, each with a completion of another prompt for KTO's KL estimate.
 
@@ -115,166 +100,242 @@ def prepare_unpaired(
         label True, rejected with False.
 
     Returns:
-        Examples `{"prompt_ids", "completion_ids", "label", "KL_completion_ids"}`. `KL_completion_ids` is
+        Examples `{"prompt_ids", "completion_ids", "label", "KL_completion_ids"}`, and masks as those of
+        `prepare_pairs` (`completion_assistant_mask`, `KL_completion_assistant_mask`). `KL_completion_ids` is
         the completion of the next example with a different prompt: fixed here, before any shuffling or
         batching, so that any batch size and order will do.
 
     Raises:
         ValueError: as `prepare_pairs`; fewer than two different prompts.
+        TypeError: as `prepare_pairs`.
     """
 
-    def examples(rows: Iterable[Row], report: DataReport) -> Iterator[Example]:
-        for number, row in _numbered(rows, report):
-            try:
-                if "chosen" in row and "completion" not in row:
-                    prompt, chosen, rejected = _tokenized_pair(
-                        row, tokenizer, max_length, report, number
-                    )
-                    completions = [(chosen, True), (rejected, False)]
-                else:
-                    check_columns([row], UNPAIRED_COLUMNS, first=number)
-                    example = parse_unpaired(row)
-                    prompt, (completion,) = _tokenize(
-                        tokenizer, example.prompt, [example.completion], max_length, report, number
-                    )
-                    completions = [(completion, example.label)]
-            except UnusableRow as reason:
-                report.drop(number, str(reason))
-                continue
-            for completion, label in completions:
-                yield {"prompt_ids": prompt, "completion_ids": completion, "label": label}
-
-    return _prepared(
-        rows,
-        lambda rows, report: _with_mismatched_completions(examples(rows, report)),
-        name,
-        UNPAIRED_COLUMNS,
+    examples_of = functools.partial(
+        _unpaired,
+        tokenize=TextTokenizer(tokenizer, max_length),
+        given=dict(chat_template_kwargs or {}),
     )
+    return _prepared(rows, examples_of, _with_mismatched_completions, name, num_proc)
+
+
+# One row -------------------------------------------------------------------------------------------------
+
+
+def _pair(row: Row, tokenize: TextTokenizer, given: Mapping[str, Any]) -> Outcome:
+    tokenized = _tokenized_pair(row, tokenize, given)
+    (chosen, rejected), (chosen_mask, rejected_mask) = tokenized.responses, tokenized.masks
+    example = {
+        "prompt_ids": tokenized.prompt,
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+        **_mask("chosen", chosen_mask),
+        **_mask("rejected", rejected_mask),
+    }
+    return Outcome([example], None, tokenized.truncated, tokenized.shifted)
+
+
+def _unpaired(row: Row, tokenize: TextTokenizer, given: Mapping[str, Any]) -> Outcome:
+    if is_pair(row):
+        tokenized, labels = _tokenized_pair(row, tokenize, given), [True, False]
+    else:
+        example = parse_unpaired(row)
+        tokenized = tokenize(example.prompt, [example.completion], template_options(row, given))
+        labels = [example.label]
+    examples = [
+        {
+            "prompt_ids": tokenized.prompt,
+            "completion_ids": ids,
+            "label": label,
+            **_mask("completion", mask),
+        }
+        for ids, mask, label in zip(tokenized.responses, tokenized.masks, labels, strict=True)
+    ]
+    return Outcome(examples, None, tokenized.truncated, tokenized.shifted)
+
+
+def _tokenized_pair(row: Row, tokenize: TextTokenizer, given: Mapping[str, Any]) -> Tokenized:
+    pair = parse_pair(row)
+    tokenized = tokenize(pair.prompt, [pair.chosen, pair.rejected], template_options(row, given))
+    chosen, rejected = tokenized.responses
+    if np.array_equal(chosen, rejected):
+        raise UnusableRow("identical responses after tokenization and truncation")
+    return tokenized
+
+
+def _mask(response: str, mask: np.ndarray | None) -> Example:
+    return {} if mask is None else {response + MASK_SUFFIX: mask}
+
+
+# Rows and their account ----------------------------------------------------------------------------------
 
 
 def _prepared(
     rows: Iterable[Row],
-    examples: Callable[[Iterable[Row], DataReport], Iterator[Example]],
+    examples_of: Callable[[Row], Outcome],
+    finish: Finish,
     name: str,
-    columns: tuple[str, ...],
+    num_proc: int | None,
 ) -> PreparedDataset | StreamedDataset:
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"dataset: num_proc must be None or positive, got {num_proc}")
+    # What `datasets` keeps in columns has None for every field that only other rows have.
+    outcome_of = functools.partial(_outcome, examples_of=examples_of, filled=is_of_datasets(rows))
+    first_checked = functools.partial(_first_checked, unpaired=finish is not iter)
     if not isinstance(rows, Sized):
-        return StreamedDataset(rows, examples, name)
-    first = next(iter(rows), None)
-    if isinstance(first, Mapping) and "chosen" in first and "completion" not in first:
-        columns = PAIR_COLUMNS
-    check_columns(rows, columns)  # of all rows, before the work of tokenizing any
+        stream = functools.partial(_stream, first_checked, outcome_of, finish)
+        return StreamedDataset(rows, stream, name)
     report = DataReport(name)
-    prepared = list(examples(rows, report))
-    if not prepared:
-        raise ValueError(f"dataset: no usable row; {report}")
-    return PreparedDataset(prepared, report)
-
-
-def _tokenized_pairs(
-    rows: Iterable[Row], tokenizer: Any, max_length: int | None, report: DataReport
-) -> Iterator[tuple[Ids, Ids, Ids]]:
-    for number, row in _numbered(rows, report):
-        try:
-            yield _tokenized_pair(row, tokenizer, max_length, report, number)
-        except UnusableRow as reason:
-            report.drop(number, str(reason))
-
-
-def _tokenized_pair(
-    row: Row, tokenizer: Any, max_length: int | None, report: DataReport, number: int
-) -> tuple[Ids, Ids, Ids]:
-    check_columns([row], PAIR_COLUMNS, first=number)
-    pair = parse_pair(row)
-    prompt, (chosen, rejected) = _tokenize(
-        tokenizer, pair.prompt, [pair.chosen, pair.rejected], max_length, report, number
-    )
-    if np.array_equal(chosen, rejected):
-        raise UnusableRow("identical responses after tokenization and truncation")
-    return prompt, chosen, rejected
-
-
-def _numbered(rows: Iterable[Row], report: DataReport) -> Iterator[tuple[int, Row]]:
+    for _ in first_checked(enumerate(rows, start=1)):
+        break
     tqdm = require("tqdm", "the progress bar").tqdm
-    count = len(rows) if isinstance(rows, Sized) else 0
-    bar = tqdm(rows, desc=f"tokenizing {report.name}", disable=count < SHOW_PROGRESS_FROM)
-    for number, row in enumerate(bar, start=report.total + 1):
-        report.total = number
+    outcomes = tqdm(
+        _outcomes(rows, outcome_of, num_proc or 1),
+        desc=f"tokenizing {name}",
+        total=len(rows),
+        disable=len(rows) < SHOW_PROGRESS_FROM,
+    )
+    numbers: list[int] = []
+    prepared = PreparedDataset(
+        _noting(finish(_accounted(enumerate(outcomes, start=1), report)), numbers),
+        report,
+        rows if hasattr(rows, "__getitem__") else list(rows),
+        numbers,
+    )
+    if not len(prepared):
+        raise ValueError(f"dataset: no usable row; {report}")
+    return prepared
+
+
+def _stream(
+    first_checked: Callable[[Iterable[tuple[int, Row]]], Iterator[tuple[int, Row]]],
+    outcome_of: Callable[[Row], Outcome],
+    finish: Finish,
+    numbered: Iterable[tuple[int, Row]],
+    report: DataReport,
+) -> Iterator[Numbered]:
+    outcomes = ((number, outcome_of(row)) for number, row in first_checked(numbered))
+    yield from finish(_accounted(outcomes, report, USELESS_ROWS))
+
+
+def _outcome(row: Any, examples_of: Callable[[Row], Outcome], filled: bool) -> Outcome:
+    """No row ends a run: whatever goes wrong with one is the reason why it is left out."""
+    try:
+        if not isinstance(row, Mapping):
+            return Outcome([], f"not a mapping, but {type(row).__name__}")
+        if filled:
+            row = {column: without_none(value) for column, value in row.items()}
+        return examples_of(row)
+    except UnusableRow as reason:
+        return Outcome([], str(reason))
+    except Exception as error:  # of a chat template, a tokenizer, a column of another kind
+        return Outcome([], f"{type(error).__name__}: {error}"[:REASON_LENGTH])
+
+
+def _first_checked(
+    numbered: Iterable[tuple[int, Row]], unpaired: bool
+) -> Iterator[tuple[int, Row]]:
+    """The rows; a first one of another kind than expected means that all are."""
+    first = True
+    for number, row in numbered:
+        if first:
+            if not isinstance(row, Mapping):
+                raise TypeError(
+                    f"dataset: row {number} must be a mapping, got {type(row).__name__}"
+                )
+            columns = UNPAIRED_COLUMNS if unpaired and not is_pair(row) else PAIR_COLUMNS
+            try:
+                check_columns(row, columns)
+            except UnusableRow as reason:
+                raise ValueError(f"dataset: row {number} has {reason}") from None
+            first = False
         yield number, row
 
 
-def _tokenize(
-    tokenizer: Any,
-    prompt: Text,
-    responses: list[Text],
-    max_length: int | None,
-    report: DataReport,
-    number: int,
-) -> tuple[Ids, list[Ids]]:
-    """Token ids of the prompt and of each response.
+def _accounted(
+    outcomes: Iterable[tuple[int, Outcome]], report: DataReport, useless: int = sys.maxsize
+) -> Iterator[Numbered]:
+    """The examples, with every row in the report.
 
-    Prompt and response are tokenized together, as the model will see them at inference, and the response
-    begins where the tokens of the prompt alone diverge from those of the whole (a token can span the
-    border). All responses of a row share one prompt.
+    Raises:
+        ValueError: `useless` rows and no example.
     """
-    texts = [_render(tokenizer, prompt, None)]
-    texts += [_render(tokenizer, prompt, response) for response in responses]
-    # A chat template writes its own special tokens.
-    encoded = tokenizer(texts, add_special_tokens=isinstance(prompt, str))["input_ids"]
-    prompt_ids, *whole = (np.asarray(ids, dtype=np.int32) for ids in encoded)
-    border = min(_common_prefix(prompt_ids, ids) for ids in whole)
-    if border < len(prompt_ids):
-        report.shifted_boundary.append(number)
-    if max_length is not None and border >= max_length:
-        raise UnusableRow(f"prompt not shorter than max_length {max_length}")
-    if max_length is not None and any(len(ids) > max_length for ids in whole):
-        report.truncated.append(number)
-    response_ids = [ids[border:max_length] for ids in whole]
-    if any(len(ids) == 0 for ids in response_ids):
-        raise UnusableRow("empty response")
-    return prompt_ids[:border], response_ids
+    seen, fruitless = 0, True
+    for number, outcome in outcomes:
+        seen += 1
+        report.total += 1
+        if outcome.reason is not None:
+            report.drop(number, outcome.reason)
+            if fruitless and seen >= useless:
+                raise ValueError(f"dataset: no usable row among the first {seen}; {report}")
+        if outcome.truncated:
+            report.truncated.append(number)
+        if outcome.shifted:
+            report.shifted_boundary.append(number)
+        for example in outcome.examples:
+            fruitless = False
+            yield number, example
 
 
-def _render(tokenizer: Any, prompt: Text, response: Text | None) -> str:
-    """The text of prompt + response; of the prompt alone, ready for the response, if that is None."""
-    if isinstance(prompt, list):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "dataset: the rows are chat messages, but the tokenizer has no chat template; "
-                "set tokenizer.chat_template or use rows of plain strings"
-            )
-        messages = prompt if response is None else [*prompt, *response]
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=response is None
-        )
-    if response is None:
-        return prompt
-    end = tokenizer.eos_token or ""
-    text = f"{prompt}{response}"
-    return text if text.endswith(end) else text + end
+def _noting(numbered: Iterable[Numbered], numbers: list[int]) -> Iterator[Example]:
+    for number, example in numbered:
+        numbers.append(number)
+        yield example
 
 
-def _common_prefix(first: Ids, second: Ids) -> int:
-    length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length
+# In several processes ------------------------------------------------------------------------------------
 
 
-def _with_mismatched_completions(examples: Iterable[Example]) -> Iterator[Example]:
+def _outcomes(rows: Any, outcome_of: Callable[[Row], Outcome], processes: int) -> Iterator[Outcome]:
+    """Of all rows, in their order."""
+    processes = min(processes, -(-len(rows) // ROWS_OF_A_TASK))
+    if processes <= 1:
+        yield from map(outcome_of, rows)
+        return
+    if not hasattr(rows, "__getitem__"):
+        rows = list(rows)
+    tasks = [
+        range(start, min(start + ROWS_OF_A_TASK, len(rows)))
+        for start in range(0, len(rows), ROWS_OF_A_TASK)
+    ]
+    # A fork has rows and tokenizer already, and asks nothing of the script that runs.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with multiprocessing.get_context(method).Pool(
+        processes, _begin_tasks, (rows, outcome_of)
+    ) as pool:
+        for outcomes in pool.imap(_run_task, tasks):
+            yield from outcomes
+
+
+_task: list[Any] = []  # of a process of the pool: rows, and what to do with one
+
+
+def _begin_tasks(rows: Any, outcome_of: Callable[[Row], Outcome]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as were asked for
+    _task[:] = rows, outcome_of
+
+
+def _run_task(numbers: range) -> list[Outcome]:
+    rows, outcome_of = _task
+    return [outcome_of(rows[i]) for i in numbers]
+
+
+# Mismatched completions ----------------------------------------------------------------------------------
+
+
+def _with_mismatched_completions(examples: Iterable[Numbered]) -> Iterator[Numbered]:
     """Adds to every example the completion of the next one with another prompt, from the beginning again
     for the last ones."""
-    waiting: list[Example] = []  # examples of one prompt
+    waiting: list[Numbered] = []  # examples of one prompt
     first: Example | None = None
     other: Example | None = None  # the first example with another prompt than the first
-    for example in examples:
+    for number, example in examples:
         first = first or example
         if other is None and not np.array_equal(first["prompt_ids"], example["prompt_ids"]):
             other = example
-        if waiting and not np.array_equal(waiting[0]["prompt_ids"], example["prompt_ids"]):
-            for earlier in waiting:
-                yield {**earlier, "KL_completion_ids": example["completion_ids"]}
+        if waiting and not np.array_equal(waiting[0][1]["prompt_ids"], example["prompt_ids"]):
+            yield from (_with_mismatched(*earlier, example) for earlier in waiting)
             waiting = []
-        waiting.append(example)
+        waiting.append((number, example))
     if first is None:
         return
     if other is None:
@@ -282,6 +343,14 @@ def _with_mismatched_completions(examples: Iterable[Example]) -> Iterator[Exampl
             "dataset: KTO estimates KL from completions under other prompts and needs at least two "
             "different prompts, got 1"
         )
-    again = other if np.array_equal(waiting[0]["prompt_ids"], first["prompt_ids"]) else first
-    for last in waiting:
-        yield {**last, "KL_completion_ids": again["completion_ids"]}
+    again = other if np.array_equal(waiting[0][1]["prompt_ids"], first["prompt_ids"]) else first
+    yield from (_with_mismatched(*last, again) for last in waiting)
+
+
+def _with_mismatched(number: int, example: Example, other: Example) -> Numbered:
+    mask = other.get("completion" + MASK_SUFFIX)
+    return number, {
+        **example,
+        "KL_completion_ids": other["completion_ids"],
+        **_mask("KL_completion", mask),
+    }

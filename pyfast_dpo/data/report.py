@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 ROWS_SHOWN = 10
+REASONS_SHOWN = 10
 
 
 @dataclass
@@ -30,14 +31,30 @@ class DataReport:
     def drop(self, row: int, reason: str) -> None:
         self.dropped.setdefault(reason, []).append(row)
 
+    def add(self, other: DataReport) -> None:
+        """Counts the rows of another part of the same dataset too."""
+        self.total += other.total
+        for reason, rows in other.dropped.items():
+            self.dropped.setdefault(reason, []).extend(rows)
+        self.truncated += other.truncated
+        self.shifted_boundary += other.shifted_boundary
+
+    def clear(self) -> None:
+        self.total = 0
+        for kept in (self.dropped, self.truncated, self.shifted_boundary):
+            kept.clear()
+
     def __str__(self) -> str:
         parts = [f"{self.name}: kept {self.kept} of {self.total} rows"]
         if self.dropped:
             reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
-            parts.append(
-                "dropped: "
-                + ", ".join(f"{len(rows)} {reason} ({_rows(rows)})" for reason, rows in reasons)
-            )
+            shown = [
+                f"{len(rows)} {reason} ({_rows(rows)})" for reason, rows in reasons[:REASONS_SHOWN]
+            ]
+            more = sum(len(rows) for _, rows in reasons[REASONS_SHOWN:])
+            if more:
+                shown.append(f"{more} for {len(reasons) - REASONS_SHOWN} other reasons")
+            parts.append("dropped: " + ", ".join(shown))
         if self.truncated:
             parts.append(f"responses cut at max_length: {len(self.truncated)}")
         if self.shifted_boundary:

@@ -2,26 +2,29 @@
 
 A text is a plain string or a list of chat messages (`{"role": ..., "content": ...}`). Pairs have the
 columns `chosen` and `rejected`, and either `prompt` or whole conversations whose common beginning is the
-prompt. Unpaired rows have `prompt`, `completion` and `label`.
+prompt. Unpaired rows have `prompt`, `completion` and `label`. Rows of messages may also have `tools` and
+`chat_template_kwargs`.
+
+A response begins with a turn of the assistant and ends with one; tools and users may speak between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Text = str | list[dict[str, Any]]
+from pyfast_dpo.data.messages import Messages, UnusableRow, has_content, messages_of, refuse_images
 
-PAIR_COLUMNS = ("chosen", "rejected")
+Text = str | Messages
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
+# Where a prompt may stand under another name, so that a prompt found in the responses would be a guess.
+_OTHER_NAMES_OF_PROMPT = ("question", "instruction", "query", "input", "problem", "context")
 
 # Turns of the Anthropic HH transcripts, the best-known pairs that come as two whole conversations in text.
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-
-
-class UnusableRow(Exception):
-    """A row that cannot be trained on; the message is the reason as the report shows it."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +41,37 @@ class Unpaired:
     label: bool
 
 
-def check_columns(
-    rows: Iterable[Mapping[str, Any]], columns: tuple[str, ...], *, first: int = 1
-) -> None:
-    """Raises ValueError for the first row (numbered from `first`) that lacks one of the columns."""
-    for number, row in enumerate(rows, start=first):
-        if not isinstance(row, Mapping):
-            raise TypeError(f"dataset: row {number} must be a mapping, got {type(row).__name__}")
-        for column in columns:
-            if column not in row:
-                raise ValueError(
-                    f"dataset: row {number} has no column {column!r}; expected the columns "
-                    f"{list(columns)}, got {list(row)}"
-                )
+def is_pair(row: Mapping[str, Any]) -> bool:
+    return "chosen" in row and "completion" not in row
+
+
+def check_columns(row: Mapping[str, Any], columns: tuple[str, ...]) -> None:
+    """Raises UnusableRow for a row that lacks one of the columns, but for the prompt of a pair."""
+    for column in columns:
+        implicit = column == "prompt" and columns == PAIR_COLUMNS
+        if column not in row and not implicit:
+            raise UnusableRow(_missing(row, column, columns))
 
 
 def parse_pair(row: Mapping[str, Any]) -> Pair:
     """A `Pair` from a row with the columns `chosen`, `rejected` and, unless implicit, `prompt`.
 
     Raises:
-        UnusableRow: wrong types, identical or empty responses, differing prompts.
+        UnusableRow: wrong types, identical or empty responses, differing prompts, images.
     """
+    check_columns(row, PAIR_COLUMNS)
+    refuse_images(row)
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if chosen == rejected:
         raise UnusableRow("identical responses")
     if "prompt" in row:
-        prompt = _text(row, "prompt")
-        if len({isinstance(text, str) for text in (prompt, chosen, rejected)}) > 1:
-            raise UnusableRow("prompt and responses of different kinds (string and messages)")
+        prompt, (chosen, rejected) = _after_prompt(_text(row, "prompt"), [chosen, rejected])
     else:
+        _check_implicit(row, chosen, rejected)
         prompt, chosen, rejected = split_conversations(chosen, rejected)
-    _check_response(chosen)
-    _check_response(rejected)
+    chosen, rejected = _response(chosen), _response(rejected)
+    if chosen == rejected:
+        raise UnusableRow("identical responses")
     return Pair(prompt, chosen, rejected)
 
 
@@ -77,15 +79,20 @@ def parse_unpaired(row: Mapping[str, Any]) -> Unpaired:
     """An `Unpaired` example from a row with the columns `prompt`, `completion` and `label`.
 
     Raises:
-        UnusableRow: wrong types, an empty completion.
+        UnusableRow: wrong types, an empty completion, images.
     """
+    check_columns(row, UNPAIRED_COLUMNS)
+    refuse_images(row)
     prompt, completion, label = _text(row, "prompt"), _text(row, "completion"), row["label"]
+    if isinstance(label, str):
+        raise UnusableRow(f"'label' is the string {label[:20]!r}, not true or false")
     if label not in (True, False):  # also 1 and 0
         raise UnusableRow("'label' is not true or false")
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise UnusableRow("prompt and responses of different kinds (string and messages)")
-    _check_response(completion)
-    return Unpaired(prompt, completion, bool(label))
+    prompt, (completion,) = _after_prompt(prompt, [completion])
+    return Unpaired(prompt, _response(completion), bool(label))
+
+
+# Where the prompt ends -----------------------------------------------------------------------------------
 
 
 def split_conversations(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -98,30 +105,34 @@ def split_conversations(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]
         UnusableRow: the conversations have no common beginning, or differ before the response.
     """
     if isinstance(chosen, list) and isinstance(rejected, list):
-        split = _common_length(chosen, rejected)
-        prompt: Text = chosen[:split]
-        responses: tuple[Text, Text] = (chosen[split:], rejected[split:])
-        if any(message["role"] == "user" for message in chosen[split:][:1] + rejected[split:][:1]):
-            raise UnusableRow("differing prompts")
-    elif isinstance(chosen, str) and isinstance(rejected, str):
-        if chosen.startswith(_HUMAN) and rejected.startswith(_HUMAN):
-            prompt, chosen_response = _split_transcript(chosen)
-            rejected_prompt, rejected_response = _split_transcript(rejected)
-            if prompt != rejected_prompt:
-                raise UnusableRow("differing prompts")
-            if _HUMAN in chosen_response + rejected_response:
-                raise UnusableRow("a user turn inside a response")
-            return prompt, chosen_response, rejected_response
-        split = _common_length(chosen, rejected)
-        while split > 0 and not chosen[split - 1].isspace():
-            split -= 1
-        prompt = chosen[:split].rstrip()
-        responses = (chosen[len(prompt) :], rejected[len(prompt) :])
-    else:
+        split = _split_messages(chosen, rejected)
+        return chosen[:split], chosen[split:], rejected[split:]
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise UnusableRow("chosen and rejected of different kinds (string and messages)")
+    if chosen.startswith(_HUMAN) and rejected.startswith(_HUMAN):
+        prompt, chosen_response = _split_transcript(chosen)
+        rejected_prompt, rejected_response = _split_transcript(rejected)
+        if prompt != rejected_prompt:
+            raise UnusableRow("differing prompts")
+        return prompt, chosen_response, rejected_response
+    split = _common_length(chosen, rejected)
+    while split > 0 and not chosen[split - 1].isspace():
+        split -= 1
+    prompt = chosen[:split].rstrip()
     if not prompt:
         raise UnusableRow("differing prompts")
-    return prompt, *responses
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def _split_messages(chosen: Messages, rejected: Messages) -> int:
+    """How many messages are the prompt of both."""
+    split = _common_length(chosen, rejected)
+    # Where the results of tools differ, the calls before them are part of the responses.
+    while split > 0 and {_role(each, split) for each in (chosen, rejected)} & {"tool", "function"}:
+        split -= 1
+    if split == 0 or "user" in (_role(chosen, split), _role(rejected, split)):
+        raise UnusableRow("differing prompts")
+    return split
 
 
 def _split_transcript(text: str) -> tuple[str, str]:
@@ -129,36 +140,119 @@ def _split_transcript(text: str) -> tuple[str, str]:
     if start < 0:
         raise UnusableRow("empty response")
     start += len(_ASSISTANT)
-    return text[:start], text[start:]
+    response, _, _ = text[start:].partition(
+        _HUMAN
+    )  # a turn after the last one is not the assistant's
+    return text[:start], response
+
+
+def _check_implicit(row: Mapping[str, Any], chosen: Text, rejected: Text) -> None:
+    """A prompt can be found in the responses if these are conversations; else it may be the beginning of two
+    texts, but not if a column looks like the prompt."""
+    texts = (chosen, rejected)
+    if all(isinstance(text, list) for text in texts):
+        whole = all(_role(text, 0) != "assistant" for text in texts)  # type: ignore[arg-type]
+    elif all(isinstance(text, str) for text in texts):
+        whole = all(text.startswith(_HUMAN) for text in texts)  # type: ignore[union-attr]
+        named = any(name in row for name in _OTHER_NAMES_OF_PROMPT)
+        whole = whole or (not named and bool(_common_length(chosen, rejected)))
+    else:
+        whole = True  # refused for their kinds
+    if not whole:
+        raise UnusableRow(_missing(row, "prompt", PAIR_COLUMNS))
+
+
+def _after_prompt(prompt: Text, responses: list[Text]) -> tuple[Text, list[Text]]:
+    """(prompt, what of each response comes after it), all strings or all messages."""
+    if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
+        return prompt, responses
+    if len({isinstance(response, str) for response in responses}) > 1:
+        raise UnusableRow("responses of different kinds (string and messages)")
+    if prompt == []:
+        raise UnusableRow("'prompt' has no messages")
+    turns: list[Messages] = [
+        [{"role": "assistant", "content": each}] if isinstance(each, str) else each
+        for each in responses
+    ]
+    if isinstance(prompt, str):
+        if all(_role(each, 0) == "assistant" for each in turns if each):
+            prompt = [{"role": "user", "content": prompt}]
+        else:
+            return _whole_conversations(prompt, turns)
+    turns = [each[_overlap(prompt, each) :] for each in turns]
+    leads = [each[: _lead(each)] for each in turns]
+    if any(lead != leads[0] for lead in leads):
+        raise UnusableRow("responses that begin with differing turns of others than the assistant")
+    if prompt[-1] in leads[0]:  # the responses tell it again, with more before it
+        if any(message not in leads[0] for message in prompt):
+            raise UnusableRow("prompt and responses begin the conversation differently")
+        prompt = []
+    return prompt + leads[0], [each[len(leads[0]) :] for each in turns]
+
+
+def _whole_conversations(prompt: str, turns: list[Messages]) -> tuple[Messages, list[Text]]:
+    """Of conversations that tell the prompt again: pairs are split where they differ, one alone after the turn
+    that is the prompt."""
+    pair = len(turns) == 2
+    split = _split_messages(*turns) if pair else len(turns[0])
+    words = prompt.split()
+    said = [i for i in range(split) if turns[0][i]["content"].split() == words]
+    if not said:
+        raise UnusableRow("'prompt' is none of the turns with which the conversations begin")
+    if not pair:
+        split = said[-1] + 1
+        split += _lead(turns[0][split:])
+    return turns[0][:split], [each[split:] for each in turns]
+
+
+def _overlap(prompt: Messages, response: Messages) -> int:
+    """With how many of the prompt's last messages the response begins."""
+    longest = min(len(prompt), len(response))
+    return next(n for n in range(longest, -1, -1) if prompt[len(prompt) - n :] == response[:n])
+
+
+def _lead(turns: Messages) -> int:
+    """The turns before the first one of the assistant."""
+    count = 0
+    while count < len(turns) and turns[count]["role"] != "assistant":
+        count += 1
+    return count
+
+
+def _role(messages: Messages, index: int) -> str | None:
+    return messages[index]["role"] if index < len(messages) else None
+
+
+# Columns -------------------------------------------------------------------------------------------------
 
 
 def _text(row: Mapping[str, Any], column: str) -> Text:
     value = row[column]
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in value
-    ):
-        return value
+    if isinstance(value, list):
+        return messages_of(value, column)
     raise UnusableRow(
         f"{column!r} is neither a string nor a list of messages with role and content"
     )
 
 
-def _check_response(response: Text) -> None:
+def _response(response: Text) -> Text:
+    """A response without the turns after the assistant's last one, which nothing is learned from."""
     if isinstance(response, str):
         if not response.strip():
             raise UnusableRow("empty response")
-        return
-    if not response or not response[-1]["content"].strip():
+        return response
+    end = len(response)
+    while end > 0 and response[end - 1]["role"] != "assistant":
+        end -= 1
+    if end == 0 or not has_content(response[end - 1]):
         raise UnusableRow("empty response")
-    if response[0]["role"] != "assistant":
-        raise UnusableRow("response that does not begin with an assistant turn")
-    if any(message["role"] == "user" for message in response):
-        raise UnusableRow("a user turn inside a response")
+    return response[:end]
+
+
+def _missing(row: Mapping[str, Any], column: str, columns: tuple[str, ...]) -> str:
+    return f"no column {column!r}; expected the columns {list(columns)}, got {list(row)}"
 
 
 def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:

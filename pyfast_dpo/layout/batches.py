@@ -31,22 +31,33 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
 
 
 def completion_rows(batch: Batch, prefix: str = "") -> CompletionRows:
-    """The scored tokens of a batch; those of a padded batch are found by its labels, which waits for the
-    device."""
+    """The scored tokens of a batch; those of a padded batch are found by its `labels` or, as TRL's collators name
+    them, its `completion_mask` (1 where a token is scored), which waits for the device.
+
+    Raises:
+        ValueError: a padded batch that has neither.
+    """
     rows = batch.get(prefix + "completion_rows")
     if rows is not None:
         # The Trainer moves tensors, but not what holds them.
         return rows.to(batch["input_ids"].device)
-    return CompletionRows.from_labels(batch["labels"], shift=True, ignore_index=IGNORE_INDEX)
+    labels = batch.get("labels")
+    if labels is None:
+        if "completion_mask" not in batch:
+            raise ValueError(
+                "data_collator: a padded batch must have `labels` (-100 where a token is not scored) or "
+                f"`completion_mask` (1 where it is), got {sorted(batch)}"
+            )
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+    return CompletionRows.from_labels(labels, shift=True, ignore_index=IGNORE_INDEX)
 
 
 def token_counts(batch: Batch) -> tuple[Tensor, int]:
     """(tokens of all sequences of a batch, a prompt counted in each and padding in none; those computed)"""
     names = [name for name in ("input_ids", "KL_input_ids") if name in batch]
     computed = sum(batch[name].numel() for name in names)
-    counts = [batch[name] for name in ("sequence_tokens", "KL_sequence_tokens") if name in batch]
-    if counts:
-        return torch.stack([count.sum() for count in counts]).sum(), computed
+    if "sequence_tokens" in batch:
+        return batch["sequence_tokens"].sum(), computed
     masks = [batch[name.replace("input_ids", "attention_mask")] for name in names]
     return torch.stack([mask.sum() for mask in masks]).sum(), computed
 

@@ -170,11 +170,14 @@ class SharedPromptRow:
         return torch.from_numpy(counts)
 
 
-def pack_row(prompts: Sequence[Any], responses: Sequence[Any]) -> SharedPromptRow:
+def pack_row(
+    prompts: Sequence[Any], responses: Sequence[Any], masks: Sequence[Any] | None = None
+) -> SharedPromptRow:
     """Packs sequences prompt + response into one row, each different prompt once, each response to it once.
 
     Args:
         prompts, responses: token ids of S sequences, one-dimensional arrays or lists of ints.
+        masks: for each response which of its tokens are scored (1 or True), or None for all of them.
 
     Returns:
         The row. The token after a prompt is scored by the prompt's last position, once for every response,
@@ -211,6 +214,11 @@ def pack_row(prompts: Sequence[Any], responses: Sequence[Any]) -> SharedPromptRo
         start = begin
 
     scored = [places[key] for key in keys]
+    for i, mask in enumerate(masks or ()):
+        if mask is not None:
+            index, targets = scored[i]
+            kept = np.asarray(mask, dtype=bool)[len(mask) - len(index) :]
+            scored[i] = index[kept], targets[kept]
 
     def joined(arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *arrays]))

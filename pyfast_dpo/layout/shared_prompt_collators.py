@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-from pyfast_dpo.layout.padded_collators import Example, mismatched_completions, reference_values
+from pyfast_dpo.layout.padded_collators import (
+    Example,
+    masks_of,
+    mismatched_completions,
+    reference_values,
+)
 from pyfast_dpo.layout.shared_prompt import SharedPromptRow, pack_row
 from pyfast_dpo.logprobs.rows import CompletionRows
 
@@ -19,7 +24,7 @@ Batch = dict[str, Any]
 class SharedPromptCollatorForPreference:
     """Packs P pairs into one row; pairs of one batch with the same prompt share it too.
 
-    Returns (from a call with a list of P examples `{"prompt_ids", "chosen_ids", "rejected_ids"}`):
+    Returns (from a call with a list of P examples as those of `DataCollatorForPreference`):
         `sequence_tokens`: int64 `[P]`, tokens of the two sequences of an example, prompts counted in both.
         `input_ids`, `position_ids`: int64 `[1, T]`; `shared_prompt_layout`: for the attention function.
         `token_uses`: float32 `[1, T]`, how many sequences every token belongs to.
@@ -42,7 +47,8 @@ class SharedPromptCollatorForPreference:
         prompts = [example["prompt_ids"] for example in examples]
         responses = [example["chosen_ids"] for example in examples]
         responses += [example["rejected_ids"] for example in examples]
-        row = pack_row(prompts + prompts, responses)
+        masks = masks_of(examples, "chosen") + masks_of(examples, "rejected")
+        row = pack_row(prompts + prompts, responses, masks)
         tokens = [
             2 * len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"])
             for e in examples
@@ -74,13 +80,15 @@ class SharedPromptCollatorForUnpairedPreference:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         prompts = [example["prompt_ids"] for example in examples]
         completions = [example["completion_ids"] for example in examples]
+        masks = masks_of(examples, "completion")
         count = len(examples)
         tokens = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         if self.mismatched:
-            others = mismatched_completions(examples, self.max_length)
+            others, other_masks = mismatched_completions(examples, self.max_length)
             tokens = [n + len(p) + len(o) for n, p, o in zip(tokens, prompts, others, strict=True)]
             prompts, completions = prompts + prompts, completions + others
-        row = pack_row(prompts, completions)
+            masks += other_masks
+        row = pack_row(prompts, completions, masks)
         kl_rows = {"KL_completion_rows": _scored(row, count, 2 * count)} if self.mismatched else {}
         return {
             "sequence_tokens": torch.tensor(tokens),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar, overload
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from pyfast_dpo.data.tokenization import tokenizer_of
 from pyfast_dpo.model.causal_lm import check_causal_lm
 
 
@@ -47,36 +48,18 @@ def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     )
 
 
-def use_pad_token(name: str, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+def use_pad_token(name: str, processing_class: PreTrainedTokenizerBase, token: str) -> None:
     """Lets the tokenizer pad with a token of its vocabulary, here and where it is saved."""
+    tokenizer = tokenizer_of(processing_class)
     if token not in tokenizer.get_vocab():
         raise ValueError(f"{name}: pad_token must be a token of the tokenizer, got {token!r}")
     tokenizer.pad_token = token
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token serves as padding, since masks come from lengths."""
+def pad_token(processing_class: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """Any token that has an embedding serves as padding, since masks come from lengths."""
+    tokenizer = tokenizer_of(processing_class)
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and token < vocabulary:
             return token
     return 0
-
-
-Value = TypeVar("Value")
-
-
-class OptionOf(Generic[Value]):
-    """An attribute of a trainer that is an option of its `args`, read and written there."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, trainer: None, owner: Any) -> OptionOf[Value]: ...
-    @overload
-    def __get__(self, trainer: Any, owner: Any) -> Value: ...
-    def __get__(self, trainer: Any, owner: Any) -> Any:
-        return self if trainer is None else getattr(trainer.args, self._name)
-
-    def __set__(self, trainer: Any, value: Value) -> None:
-        setattr(trainer.args, self._name, value)

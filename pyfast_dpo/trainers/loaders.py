@@ -6,24 +6,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
+from pyfast_dpo.data.tables import Tables, check_tables
 from pyfast_dpo.trainers.config import PreferenceConfig
-from pyfast_dpo.trainers.sampling import GroupedByLength, order_seed, token_budget_loader
+from pyfast_dpo.trainers.sampling import token_budget_loader
 
 Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a stream of rows
 
 
 class DatasetTrainer(Trainer):
-    """A `Trainer` that takes raw rows; a subclass says how they are prepared.
-
-    `data_reports` accounts for the rows of every dataset, by its name.
-    """
+    """A `Trainer` that takes raw rows; a subclass says how they are prepared."""
 
     signature_columns: ClassVar[tuple[str, ...]]
     reference_columns: ClassVar[tuple[str, ...]]
     args: PreferenceConfig
-    data_reports: dict[str, DataReport]
+    _tables: Tables  # of the model, which ids and lengths must fit
+    _reported: dict[str, DataReport | StreamedDataset]  # a stream's report grows as it is read
+
+    @property
+    def data_reports(self) -> dict[str, DataReport]:
+        """What became of the rows of every dataset, by its name; of a stream, in its last pass."""
+        return {
+            name: source.report if isinstance(source, StreamedDataset) else source
+            for name, source in self._reported.items()
+        }
 
     def _prepare_rows(self, rows: Rows, args: Any, name: str) -> PreparedDataset | StreamedDataset:
         raise NotImplementedError
@@ -32,6 +40,13 @@ class DatasetTrainer(Trainer):
         """The dataset as token ids; what is prepared already, or nothing, stays as it is."""
         if dataset is None or isinstance(dataset, PreparedDataset | StreamedDataset | str):
             return dataset
+        if isinstance(dataset, Mapping) and name == "train":
+            splits = list(dataset)
+            raise TypeError(
+                f"{type(self).__name__}: train_dataset must be one dataset, got a {type(dataset).__name__} of "
+                f"{splits}; give one of them, such as "
+                f"train_dataset=dataset[{'train' if 'train' in splits else next(iter(splits), 'train')!r}]"
+            )
         if isinstance(dataset, Mapping):
             return {key: self._prepared(value, args, key) for key, value in dataset.items()}
         if isinstance(dataset, Iterator):
@@ -45,8 +60,13 @@ class DatasetTrainer(Trainer):
                 f"datasets.Dataset or IterableDataset), got {type(dataset).__name__}"
             )
         prepared = self._prepare_rows(dataset, args, name)
-        self.data_reports[name] = prepared.report
-        if args.process_index == 0 and isinstance(prepared, PreparedDataset):
+        if isinstance(prepared, StreamedDataset):
+            self._reported[name] = prepared
+            prepared.tables = self._tables
+            return prepared
+        self._reported[name] = prepared.report
+        check_tables(prepared, self._tables)
+        if args.process_index == 0:
             print(prepared.report)
         return prepared
 
@@ -71,7 +91,7 @@ class DatasetTrainer(Trainer):
             dataset, PreparedDataset
         ):
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return GroupedByLength(batch, dataset.tokens(), order_seed(self.args))
+            return LengthGroupedSampler(batch, lengths=dataset.tokens())
         return super()._get_train_sampler(train_dataset)
 
 

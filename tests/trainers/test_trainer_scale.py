@@ -253,3 +253,56 @@ def test_gradients_of_a_sharded_model_are_those_of_the_whole(tmp_path, tokenizer
     kept.on_train_begin(trainer.args, None, None, model=model)
     trainer.compute_loss(model, trainer.data_collator(trainer.train_dataset.examples[::2]))
     assert bytes_per_token == kept.bytes_per_token > 0
+
+
+READERS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import json
+import os
+import datasets
+from trainer_runs import config
+from tiny_models import make_model, make_tokenizer
+from pyfast_dpo.data import DataCollatorForPreference
+from pyfast_dpo.trainers import DPOConfig, DPOTrainer
+
+folder, workers, shards = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+rows = [{"prompt": p, "chosen": " y", "rejected": " z"} for p in "abcdefghijklmnopqrstuvwx"]
+stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards)
+seen = []
+
+class Recording(DPOTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"][: len(inputs["input_ids"]) // 2, 0].tolist())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+trainer = Recording(
+    make_model(), None,
+    config(
+        DPOConfig, folder, max_steps=12, per_device_train_batch_size=2, dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+    ),
+    DataCollatorForPreference(1),
+    train_dataset=stream.shuffle(seed=0, buffer_size=24), processing_class=make_tokenizer(),
+)
+trainer.train()
+report = trainer.data_reports["train"]
+with open(f"{folder}/seen{os.environ['RANK']}.json", "w") as file:
+    json.dump([seen, report.total], file)
+"""
+
+
+@pytest.mark.parametrize("workers, shards", [(0, 1), (2, 1)])
+def test_two_processes_read_every_row_of_a_stream_once_an_epoch(tmp_path, workers, shards):
+    pytest.importorskip("datasets")
+    done = launch(tmp_path, READERS, [str(tmp_path), str(workers), str(shards)], processes=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (first, total), (second, _) = (
+        json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)
+    )
+    steps = [a + b for a, b in zip(first, second, strict=True)]
+    orders = [[row for step in steps[start : start + 6] for row in step] for start in (0, 6)]
+    for order in orders:
+        assert len(set(order)) == len(order) == 24
+    assert orders[0] != orders[1]
+    assert total == 24
