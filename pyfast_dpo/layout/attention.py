@@ -60,25 +60,26 @@ def takes_shared_prompts(model: Any) -> bool:
 
 
 class Windows:
-    """Sees in a model's calls without a layout which windows, or chunks, a mask alone applies.
+    """Sees in a model's calls without a layout where attention is told of another window, or chunk, than its mask
+    applies: a row of shared prompts has no mask, and goes by what attention is told.
 
     Attributes:
-        untold: their sizes in positions; a row of shared prompts has no mask that could apply them.
+        mismatches: (positions of the mask's window, of attention's), None for no window.
     """
 
     def __init__(self) -> None:
-        self.untold: set[int] = set()
-        self._masks: dict[
-            int, tuple[Any, int]
-        ] = {}  # by their memory; the mask itself, which keeps it
+        self.mismatches: set[tuple[int | None, int | None]] = set()
+        self._masks: dict[int, tuple[Any, int | None]] = {}  # by their memory, which the mask keeps
 
-    def see_mask(self, mask: Any, window: int) -> None:
+    def see_mask(self, mask: Any, window: int | None) -> None:
         self._masks[_place(mask)] = mask, window
 
     def see_attention(self, mask: Any, window: int | None) -> None:
-        _, applied = self._masks.get(_place(mask), (None, window))
-        if applied is not None and applied != window:
-            self.untold.add(applied)
+        # A mask of two dimensions says what is padding; then the kernel applies the window, as it is told.
+        if _place(mask) in self._masks and getattr(mask, "ndim", None) != 2:
+            _, applied = self._masks[_place(mask)]
+            if applied != window:
+                self.mismatches.add((applied, window))
 
 
 def _place(mask: Any) -> int:
@@ -102,9 +103,9 @@ def observed_windows() -> Iterator[Windows]:
 
 def _make_mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     mask = original(*args, **kwargs)
-    windows, window = _observed.get(), kwargs.get("local_size")
-    if windows is not None and window is not None and mask is not None:
-        windows.see_mask(mask, window)
+    windows = _observed.get()
+    if windows is not None and mask is not None:
+        windows.see_mask(mask, kwargs.get("local_size"))
     return mask
 
 

@@ -24,6 +24,21 @@ def causal_lm_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def body_of(model: Any) -> Any:
+    """What makes the hidden states of a causal language model.
+
+    Raises:
+        ValueError: nothing apart from its head does.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    # Some name another attribute than the one that holds it.
+    inside = [child for child in model.children() if hasattr(child, "get_input_embeddings")]
+    if len(inside) != 1:
+        raise ValueError(f"{type(model).__name__}: the model shows no body apart from its head")
+    return inside[0]
+
+
 def check_causal_lm(name: str, model: Any) -> None:
     """Refuses, by name, what is no causal language model of transformers.
 

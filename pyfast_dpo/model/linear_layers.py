@@ -165,4 +165,4 @@ def _matrix(inputs: Tensor) -> Tensor:
 def _shaped(product: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         product = product + bias
-    return product.view(*inputs.shape[:-1], -1)
+    return product.view(*inputs.shape[:-1], product.shape[-1])  # also without rows

@@ -24,7 +24,7 @@ from pyfast_dpo.logprobs.logits import token_logps
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.logprobs.scores import sums_of_sequences
 from pyfast_dpo.logprobs.statistics import torch_row_statistics
-from pyfast_dpo.model.causal_lm import causal_lm_of, head_of
+from pyfast_dpo.model.causal_lm import body_of, causal_lm_of, head_of
 
 RouterLogits = tuple[Tensor, ...]  # of every layer, [tokens, experts]
 
@@ -154,9 +154,7 @@ def take_projections(model: Any, *, own_logits: bool = False) -> Callable[[], No
         A function that undoes it.
     """
     inner = causal_lm_of(model)
-    body = inner.base_model
-    if body is inner:
-        raise ValueError(f"{type(inner).__name__}: the model has no body apart from its head")
+    body = body_of(inner)
     handles = [
         model.register_forward_pre_hook(_begin, with_kwargs=True),
         body.register_forward_pre_hook(_enter_body, with_kwargs=True),

@@ -153,6 +153,7 @@ class Trial:
         head = head_of(self._inner)
         if not self._measured:
             return None
+        self._states(False, own_logits=False)  # the lm_head runs once, and gets hidden states
         for largest in (None, LARGE):
             states, truth = self._logits(head, largest)
             logits = functional.linear(states, head.weight, head.bias).double() * head.logit_scale
@@ -173,11 +174,8 @@ class Trial:
                 return None
             with observed_windows() as windows:
                 truth = self._states(False, own_logits)
-            if windows.untold:
-                return (
-                    f"its mask applies a window of {min(windows.untold)} positions that its attention is not "
-                    "told of"
-                )
+            for of_mask, of_attention in windows.mismatches:
+                return f"its mask applies a window of {of_mask} positions, and its attention is told of {of_attention}"
             result = self._states(True, own_logits)
         finally:
             undo()
