@@ -31,9 +31,11 @@ def config(kind, tmp_path, **options):
     return kind(**{**defaults, **options})
 
 
-def lora():
+def lora(dropout=0.0):
     peft = pytest.importorskip("peft")
-    return peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
+    )
 
 
 def train_log(trainer):

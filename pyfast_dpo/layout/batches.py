@@ -56,8 +56,9 @@ def token_counts(batch: Batch) -> tuple[Tensor, int]:
     """(tokens of all sequences of a batch, a prompt counted in each and padding in none; those computed)"""
     names = [name for name in ("input_ids", "KL_input_ids") if name in batch]
     computed = sum(batch[name].numel() for name in names)
-    if "sequence_tokens" in batch:
-        return batch["sequence_tokens"].sum(), computed
+    counts = [batch[name] for name in ("sequence_tokens", "KL_sequence_tokens") if name in batch]
+    if counts:
+        return torch.stack([count.sum() for count in counts]).sum(), computed
     masks = [batch[name.replace("input_ids", "attention_mask")] for name in names]
     return torch.stack([mask.sum() for mask in masks]).sum(), computed
 

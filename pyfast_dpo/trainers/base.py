@@ -14,7 +14,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from pyfast_dpo.data import PreparedDataset
 from pyfast_dpo.data.tables import Tables
@@ -29,16 +29,20 @@ from pyfast_dpo.trainers.callbacks import (
     LikelihoodDisplacement,
     SyncReferenceModel,
 )
+from pyfast_dpo.trainers.cards import CardTrainer
 from pyfast_dpo.trainers.config import PreferenceConfig
-from pyfast_dpo.trainers.construction import causal_lm, use_pad_token
+from pyfast_dpo.trainers.construction import OptionOf, causal_lm, use_pad_token
 from pyfast_dpo.trainers.loaders import DatasetTrainer, Rows, named_datasets
 from pyfast_dpo.trainers.logs import LoggingTrainer
 from pyfast_dpo.trainers.metrics import MetricAverages
 from pyfast_dpo.trainers.reference import narrow_linear_layers, with_reference
 from pyfast_dpo.trainers.referenced import ReferencedTrainer
+from pyfast_dpo.trainers.steps import MEAN_EXAMPLES, StepTrainer
 
 
-class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
+class PreferenceTrainer(
+    CardTrainer, LoggingTrainer, StepTrainer, DatasetTrainer, ReferencedTrainer
+):
     """Base of `DPOTrainer` and `KTOTrainer`, which define the data preparation and the loss.
 
     `kept_activations` tells how many layers keep their activations; None if `gradient_checkpointing` was given.
@@ -46,11 +50,13 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
 
     config_class: ClassVar[type[PreferenceConfig]]
     args: PreferenceConfig
+    beta: OptionOf[float] = OptionOf("beta")
+    precompute_ref_logps: OptionOf[bool] = OptionOf("precompute_ref_log_probs")
 
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        ref_model: PreTrainedModel | nn.Module | None = None,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
         args: PreferenceConfig | None = None,
         data_collator: Collator | None = None,
         train_dataset: Rows | PreparedDataset | None = None,
@@ -74,12 +80,14 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
             raise ValueError(
                 f"{name}: ref_model is given, but loss_type {cast(Any, args).loss_type!r} has no reference"
             )
-        if ref_model is not None and ref_model is model:
+        if ref_model is not None and ref_model is model and not isinstance(model, str):
             raise ValueError(
                 f"{name}: ref_model must not be the model itself, which changes as it is trained; "
                 "leave it out and the trainer makes the reference"
             )
         model = causal_lm(name, model, args.loading_options(), quantization_config)
+        if isinstance(ref_model, str):
+            ref_model = causal_lm(name, ref_model, args.loading_options(), None)
         self._balancing = balancing_of(name, causal_lm_of(model), args.router_aux_loss_coef)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
@@ -124,8 +132,11 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # The loss is the mean of a micro-batch, so the Trainer must divide it by the accumulation steps.
+        # The mean over the batches of a step is the Trainer's, which divides by their number.
         self.model_accepts_loss_kwargs = False
+        add_tags = getattr(self._policy, "add_model_tags", None)
+        if add_tags is not None:
+            add_tags(list(self._tag_names))
         self.ref_model = None
         models = {"model": self._policy} | ({} if ref_model is None else {"ref_model": ref_model})
         self._prepared_models = prepare(
@@ -147,9 +158,7 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
                 self._precompute_reference(train_dataset, "train")
                 for key, dataset in named_datasets(eval_dataset, "eval").items():
                     self._precompute_reference(dataset, key)
-            # Without a second model, an adapter's base is still there for other data.
-            self._reference_is_gone = ref_model is not None or not hasattr(model, "peft_config")
-            self.ref_model = None
+            self._put_reference_away()
         if args.sync_ref_model:
             self.add_callback(
                 SyncReferenceModel(
@@ -171,6 +180,11 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
         flags = torch.tensor([holds], device=self.args.device, dtype=torch.int32)
         return bool(self.accelerator.gather(flags).all())
 
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the loss that balances a mixture of experts is added."""
+        return self._balancing is not None
+
     # What a loss defines ------------------------------------------------------------------------------
 
     @staticmethod
@@ -189,6 +203,31 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
         """(loss, (policy log-probs, reference log-probs), labels); adds to the metrics."""
         raise NotImplementedError
 
+    # Training -----------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; goes on from a checkpoint to the same bits. Afterwards the models are as they were,
+        but for their weights.
+
+        Raises:
+            ValueError: no train_dataset; no parameter to train; a checkpoint that cannot be resumed from.
+            OSError: a checkpoint could not be written.
+        """
+        name = type(self).__name__
+        if self.train_dataset is None:
+            raise ValueError(f"{name}: train() needs a train_dataset, and the constructor got none")
+        if not any(p.requires_grad for p in self._policy.parameters()):
+            raise ValueError(
+                f"{name}: train() needs a parameter with requires_grad=True, and the model has none: everything is "
+                "frozen (an adapter is loaded for training by PeftModel.from_pretrained(..., is_trainable=True))"
+            )
+        self._train_away_from_reference()
+        with self._prepared_models:
+            return super().train(*args, **kwargs)
+
+    def _moving_models(self) -> dict[str, nn.Module]:
+        return {"reference": cast(nn.Module, self.ref_model)} if self.args.sync_ref_model else {}
+
     # Loss ---------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -198,10 +237,17 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss of the micro-batch; with `return_outputs` also the log-probs and labels behind it."""
+        """Mean loss of a batch; with `return_outputs` also the log-probs and labels behind it.
+
+        A batch of training holds the mean number of examples of its step's batches (`steps.py`), which then
+        stands for its own, so that the mean over the batches is that over the examples of the step."""
         mode = "train" if self._policy.training else "eval"
         metrics = self._averages[mode]
         loss, *outputs = self._loss(model, inputs, metrics)
+        if mode == "eval":
+            # The Trainer's own mean is one over batches, whatever their sizes.
+            examples = self._count_examples(inputs)
+            metrics.add("loss", loss.double() * examples, examples)
         tokens, computed = token_counts(inputs)
         metrics.add("tokens_per_computed_token", tokens, computed)
         if mode == "train":
@@ -237,7 +283,10 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
             output_router_logits=True,
         )
         metrics.add("aux_loss", loss, 1)
-        return result, balancing.coefficient * loss
+        share = self._count_examples(inputs) / inputs.get(
+            MEAN_EXAMPLES, self._count_examples(inputs)
+        )
+        return result, balancing.coefficient * share * loss
 
     def prediction_step(
         self,
@@ -253,15 +302,6 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
             loss, (logps, labels) = self.compute_loss(model, inputs, return_outputs=True)
         return (loss, None, None) if prediction_loss_only else (loss, logps, labels)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; afterwards the models are as they were, but for their weights."""
-        with self._prepared_models:
-            return super().train(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._prepared_models:
-            return super().predict(*args, **kwargs)
-
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -270,5 +310,23 @@ class PreferenceTrainer(LoggingTrainer, DatasetTrainer, ReferencedTrainer):
     ) -> dict[str, float]:
         """As `Trainer.evaluate`; raw rows are prepared as those of the constructor."""
         prepared = self._prepared(eval_dataset, self.args, metric_key_prefix)
+        self._clear_metrics("eval")
         with self._prepared_models:
             return super().evaluate(prepared, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """As `Trainer.predict`, of raw or prepared rows: `predictions` and `label_ids` are those of
+        `compute_metrics`; `metrics` those of an evaluation."""
+        prepared = self._prepared(test_dataset, self.args, metric_key_prefix)
+        self._clear_metrics("eval")
+        with self._prepared_models:
+            output = super().predict(prepared, ignore_keys, metric_key_prefix)
+        assert output.metrics is not None
+        for name, value in self._pop_metrics("eval").items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output

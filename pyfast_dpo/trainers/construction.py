@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import nn
@@ -63,3 +63,23 @@ def pad_token(processing_class: PreTrainedTokenizerBase, vocabulary: int) -> int
         if token is not None and token < vocabulary:
             return token
     return 0
+
+
+Value = TypeVar("Value")
+
+
+class OptionOf(Generic[Value]):
+    """An attribute of a trainer that is an option of its `args`, read and written there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, trainer: None, owner: Any) -> OptionOf[Value]: ...
+    @overload
+    def __get__(self, trainer: Any, owner: Any) -> Value: ...
+    def __get__(self, trainer: Any, owner: Any) -> Any:
+        return self if trainer is None else getattr(trainer.args, self._name)
+
+    def __set__(self, trainer: Any, value: Value) -> None:
+        setattr(trainer.args, self._name, value)

@@ -25,9 +25,10 @@ from pyfast_dpo.losses.weighting import ld_row_weights
 from pyfast_dpo.model.projections import Projection
 from pyfast_dpo.trainers.base import PreferenceTrainer
 from pyfast_dpo.trainers.config import DPOConfig
-from pyfast_dpo.trainers.construction import pad_token
+from pyfast_dpo.trainers.construction import OptionOf, pad_token
 from pyfast_dpo.trainers.loaders import Rows
 from pyfast_dpo.trainers.metrics import MetricAverages
+from pyfast_dpo.trainers.steps import MEAN_EXAMPLES
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -66,6 +67,35 @@ class DPOTrainer(PreferenceTrainer):
     )  # fmt: skip
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
     args: DPOConfig
+    _tag_names = ("pyfast_dpo", "dpo")
+    paper = (
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "https://arxiv.org/abs/2305.18290",
+    )
+
+    # Under TRL's names, as its subclasses read them; what they set is what the next step uses.
+    label_smoothing: OptionOf[float] = OptionOf("label_smoothing")
+    f_divergence_type: OptionOf[str] = OptionOf("f_divergence_type")
+    f_alpha_divergence_coef: OptionOf[float] = OptionOf("f_alpha_divergence_coef")
+    ld_alpha: OptionOf[float | None] = OptionOf("ld_alpha")
+    use_weighting: OptionOf[bool] = OptionOf("use_weighting")
+
+    @property
+    def loss_types(self) -> list[str]:
+        given = self.args.loss_type
+        return [given] if isinstance(given, str) else list(given)
+
+    @loss_types.setter
+    def loss_types(self, names: list[str]) -> None:
+        self.args.loss_type = names
+
+    @property
+    def loss_weights(self) -> list[float]:
+        return self.args.loss_weights or [1.0] * len(self.loss_types)
+
+    @loss_weights.setter
+    def loss_weights(self, weights: list[float] | None) -> None:
+        self.args.loss_weights = weights
 
     @staticmethod
     def _needs_reference(args: DPOConfig) -> bool:
@@ -89,6 +119,13 @@ class DPOTrainer(PreferenceTrainer):
             pad_token(tokenizer, self._tables.vocabulary), pad_to_multiple_of=args.padding_multiple
         )
         return SharedPromptCollatorForPreference(), padded
+
+    def _count_examples(self, batch: dict[str, Any]) -> int:
+        rows = batch.get("completion_rows")
+        return (len(batch["input_ids"]) if rows is None else len(rows.lengths)) // 2
+
+    def _reference_settings(self) -> list[Any]:
+        return [*super()._reference_settings(), self.args.ld_alpha]
 
     def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
         if "ref_chosen_logps" in inputs:
@@ -117,6 +154,7 @@ class DPOTrainer(PreferenceTrainer):
                 f"got {len(rows.lengths)} rows"
             )
         pairs = len(rows.lengths) // 2
+        examples = inputs.get(MEAN_EXAMPLES, pairs)
         lengths = torch.stack(rows.counts.chunk(2), dim=1)
         reference = (
             self._reference_values(inputs)
@@ -138,7 +176,7 @@ class DPOTrainer(PreferenceTrainer):
             if pair_weights is not None:
                 losses = losses * pair_weights[units]
             # In float64 the mean of equal losses is that loss, to the last bit.
-            return losses.sum(dtype=torch.float64) / pairs
+            return losses.sum(dtype=torch.float64) / examples
 
         def project(projection: Projection) -> FusedLinearLoss:
             weights = _wpo_weights(projection, rows) if self.args.use_weighting else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +22,12 @@ from pyfast_dpo.losses.unpaired import kto_kl, unpaired_loss
 from pyfast_dpo.model.projections import Projection
 from pyfast_dpo.trainers.base import PreferenceTrainer
 from pyfast_dpo.trainers.config import KTOConfig
-from pyfast_dpo.trainers.construction import pad_token
+from pyfast_dpo.trainers.construction import OptionOf, pad_token
 from pyfast_dpo.trainers.loaders import Rows
 from pyfast_dpo.trainers.metrics import MetricAverages
+from pyfast_dpo.trainers.steps import MEAN_EXAMPLES
+
+KL_OF_STEP = "kl_of_step"  # in a batch of training: the estimate from all batches of its step
 
 
 class KTOTrainer(PreferenceTrainer):
@@ -36,8 +41,9 @@ class KTOTrainer(PreferenceTrainer):
         compute_metrics: receives `predictions = (policy, reference)`, summed log-probs `[N]`, and
             `label_ids`, bool `[N]`.
 
-    The KL estimate of every batch comes from its prompts with completions of other prompts, fixed when the
-    data is prepared: any batch size will do, and shuffling too. A prompt is computed once for both.
+    The KL estimate of a step comes from the prompts of all of its batches, with completions of other prompts that are
+    fixed when the data is prepared: any batch size will do, and shuffling too. A prompt is computed once for
+    both, or twice where a step has several batches, whose estimate is computed before their losses.
 
     Metrics: `kl` (that estimate), and `rewards/*`, `logps/*`, `logits/*`, `entropy`, `lengths/*`, `num_tokens`,
     `tokens_per_second`, `tokens_per_computed_token` as in `DPOTrainer`, where chosen are the desirable
@@ -50,6 +56,16 @@ class KTOTrainer(PreferenceTrainer):
         "KL_completion_assistant_mask",
     )  # fmt: skip
     args: KTOConfig
+    _tag_names = ("pyfast_dpo", "kto")
+    paper = (
+        "KTO: Model Alignment as Prospect Theoretic Optimization",
+        "https://arxiv.org/abs/2402.01306",
+    )
+
+    # Under TRL's names, as its subclasses read them.
+    loss_type: OptionOf[str] = OptionOf("loss_type")
+    desirable_weight: OptionOf[float] = OptionOf("desirable_weight")
+    undesirable_weight: OptionOf[float] = OptionOf("undesirable_weight")
 
     @property
     def reference_columns(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -74,13 +90,22 @@ class KTOTrainer(PreferenceTrainer):
         self, args: KTOConfig, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Collator, Collator]:
         mismatched = args.loss_type == "kto"
+        if mismatched and args.gradient_accumulation_steps > 1:
+            shared: Collator = MismatchedApart(
+                SharedPromptCollatorForUnpairedPreference(args.max_length, False)
+            )
+        else:
+            shared = SharedPromptCollatorForUnpairedPreference(args.max_length, mismatched)
         padded = DataCollatorForUnpairedPreference(
             pad_token(tokenizer, self._tables.vocabulary),
             args.max_length,
             args.padding_multiple,
             mismatched,
         )
-        return SharedPromptCollatorForUnpairedPreference(args.max_length, mismatched), padded
+        return shared, padded
+
+    def _count_examples(self, batch: dict[str, Any]) -> int:
+        return len(batch["label"])
 
     def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
         if "ref_logps" in inputs:
@@ -99,23 +124,66 @@ class KTOTrainer(PreferenceTrainer):
                 ]
         return torch.stack(logps, dim=1)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.loss_type == "kto" and len(batches) > 1:
+            kl = self._kl_of_step(batches)
+            for batch in batches:
+                batch[KL_OF_STEP] = kl
+        return batches, items
+
+    @torch.no_grad()
+    def _kl_of_step(self, batches: list[dict[str, Any]]) -> Tensor:
+        """The estimate from all batches of a step, which each of their losses needs; keeps what the reference says
+        in them."""
+        self.model_wrapped.train()
+        logps = []
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            _, kl_inputs, kl_rows = _mismatched(inputs)
+            with self.compute_loss_context_manager():
+                policy = self._project(
+                    self.model_wrapped,
+                    inputs if kl_inputs is None else kl_inputs,
+                    lambda p, rows=kl_rows: p.sequence_logps(rows),
+                )
+                reference = self._reference_values(inputs)
+            batch.update(zip(self.reference_columns, reference.T, strict=True))
+            logps.append(torch.stack([policy, reference[:, 1]]))
+        return self._kl(*torch.cat(logps, dim=1))
+
+    def _kl(self, policy: Tensor, reference: Tensor) -> Tensor:
+        """From the log-probs of mismatched completions `[n]`, over all processes, whose n may differ."""
+        if self.args.world_size > 1:
+            gaps = policy.double() - reference
+            total, count = self.accelerator.reduce(
+                torch.stack([gaps.sum(), gaps.new_tensor(gaps.numel())]), "sum"
+            )
+            policy = (total / count).float().view(1)
+            reference = torch.zeros_like(policy)
+        return kto_kl(policy, reference, clamp=self.args.clamp_kl)
+
+    def _reference_settings(self) -> list[Any]:
+        return [*super()._reference_settings(), self.args.loss_type]
+
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], metrics: MetricAverages
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         rows, kl_inputs, kl_rows = _mismatched(inputs)
         desirable = inputs["label"]
+        examples = inputs.get(MEAN_EXAMPLES, len(desirable))
         reference = self._reference_values(inputs)
 
         def kl_of(projection: Projection) -> Tensor | None:
             if kl_rows is None:
                 return None
             with torch.no_grad():
-                policy_kl = projection.sequence_logps(kl_rows)
-            gather = self.accelerator.gather
-            return kto_kl(gather(policy_kl), gather(reference[:, 1]), clamp=self.args.clamp_kl)
+                return self._kl(projection.sequence_logps(kl_rows), reference[:, 1])
 
         def project(projection: Projection, kl: Tensor | None) -> Any:
-            kl = kl_of(projection) if kl_inputs is None else kl
+            kl = kl_of(projection) if kl is None else kl
 
             def losses_of(logps: Tensor, units: slice) -> Tensor:
                 losses = unpaired_loss(
@@ -128,12 +196,12 @@ class KTOTrainer(PreferenceTrainer):
                     desirable_weight=self.args.desirable_weight,
                     undesirable_weight=self.args.undesirable_weight,
                 ).losses
-                return losses.sum(dtype=torch.float64) / len(desirable)
+                return losses.sum(dtype=torch.float64) / examples
 
             return kl, projection.loss(rows, losses_of, group=1)
 
-        kl = None
-        if kl_inputs is not None:
+        kl = inputs.get(KL_OF_STEP)
+        if kl is None and kl_inputs is not None:
             with torch.no_grad():
                 kl = self._project(model, kl_inputs, kl_of)
         (kl, result), balancing = self._project_balanced(
@@ -177,3 +245,22 @@ def _mismatched(inputs: dict[str, Any]) -> tuple[Any, dict[str, Any] | None, Any
         name.removeprefix("KL_"): value for name, value in inputs.items() if name.startswith("KL_")
     }
     return rows, kl_inputs, completion_rows(kl_inputs)
+
+
+@dataclass
+class MismatchedApart:
+    """Collates the mismatched completions as a batch of their own, under names with the prefix `KL_`.
+
+    Args:
+        collate: makes a batch of examples without them.
+    """
+
+    collate: Collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        mismatched = [
+            {**example, **{n.removeprefix("KL_"): v for n, v in example.items() if n[:3] == "KL_"}}
+            for example in examples
+        ]
+        apart = {f"KL_{name}": value for name, value in self.collate(mismatched).items()}
+        return {**self.collate(examples), **apart}

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pyfast_dpo.data import DataReport, PreparedDataset, StreamedDataset
 from pyfast_dpo.data.tables import Tables, check_tables
 from pyfast_dpo.trainers.config import PreferenceConfig
-from pyfast_dpo.trainers.sampling import token_budget_loader
+from pyfast_dpo.trainers.sampling import GroupedByLength, order_seed, token_budget_loader
 
 Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, or a stream of rows
 
@@ -91,7 +90,7 @@ class DatasetTrainer(Trainer):
             dataset, PreparedDataset
         ):
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(batch, lengths=dataset.tokens())
+            return GroupedByLength(batch, dataset.tokens(), order_seed(self.args))
         return super()._get_train_sampler(train_dataset)
 
 

@@ -39,3 +39,13 @@ class MetricAverages:
             for name, (total, count) in zip(names, totals, strict=True)
             if count > 0
         }
+
+    def clear(self) -> None:
+        self._totals.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums since the last call of `pop`, of this process."""
+        return dict(self._totals)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._totals = dict(state)

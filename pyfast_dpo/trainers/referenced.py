@@ -21,7 +21,8 @@ class ReferencedTrainer(Trainer):
     """A `Trainer` whose policy is held against a reference.
 
     Attributes:
-        ref_model: the reference model; None if it is the policy without its adapter, or gone, or not needed.
+        ref_model: the reference model; None if it is the policy without its adapter, or was the policy before
+            its training, or is not needed.
     """
 
     reference_columns: ClassVar[tuple[str, ...]]
@@ -29,7 +30,8 @@ class ReferencedTrainer(Trainer):
     ref_model: nn.Module | None
     _prepared_models: PreparedModels
     _reference_adapter: str | None = None  # kept as the reference
-    _reference_is_gone: bool = False  # when its log-probs were computed before training
+    _reference_is_gone: bool = False  # it was the policy, which has been trained since
+    _reference_is_away: bool = False  # in the memory of the CPU
 
     @property
     def _policy(self) -> nn.Module:
@@ -46,17 +48,41 @@ class ReferencedTrainer(Trainer):
         self._prepared_models.apply()
         with torch.no_grad():
             if self.ref_model is not None:
+                if self._reference_is_away:
+                    self.ref_model.to(self.args.device)
+                    self._reference_is_away = False
                 yield self.ref_model
                 return
             if self._reference_is_gone:
                 raise ValueError(
-                    f"{type(self).__name__}: the reference's log-probs were computed before training, and the "
-                    "batch has none; give every dataset to the constructor, and let the collator keep the "
-                    f"columns {self.reference_columns}"
+                    f"{type(self).__name__}: this dataset has no log-probs of the reference, which was the model "
+                    "before its training: with precompute_ref_log_probs they were computed then, for the datasets "
+                    "of the constructor, and no copy was kept. Give the dataset to the constructor, or a ref_model, "
+                    "or set precompute_ref_log_probs=False; a collator of your own must pass on the columns "
+                    f"{self.reference_columns}"
                 )
             unwrapped = self.accelerator.unwrap_model(self._policy)
             with as_reference(self._policy, unwrapped, self._reference_adapter) as model:
                 yield model
+
+    def _train_away_from_reference(self) -> None:
+        """Says that the policy moves from here on, so that it is no longer its own reference."""
+        self._reference_is_gone = self.ref_model is None and not hasattr(
+            self._policy, "peft_config"
+        )
+
+    def _put_reference_away(self) -> None:
+        """Leaves the device's memory to training; it comes back for a dataset without its log-probs."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        quantized = getattr(self.ref_model, "is_quantized", False)
+        if self.ref_model is not None and not sharded and not quantized:
+            self.ref_model.to("cpu")
+            self._reference_is_away = True
+
+    def _reference_settings(self) -> list[Any]:
+        """What the reference's log-probs depend on beside its weights and the token ids."""
+        layout = type(getattr(self.data_collator, "collate", self.data_collator)).__name__
+        return [self.reference_columns, layout, self.args.bf16, self.args.fp16]
 
     def _precompute_reference(self, dataset: Any, name: str) -> None:
         """Adds the reference's log-probs to the examples, from the cache as far as they are there."""
@@ -79,8 +105,9 @@ class ReferencedTrainer(Trainer):
         table = computed_once(
             reference_key(
                 self.accelerator.unwrap_model(source),
+                self._reference_adapter,
                 dataset.examples,
-                f"{columns} {self.args.bf16} {self.args.fp16}",
+                repr(self._reference_settings()),
             ),
             dataset.examples,
             columns,
@@ -90,7 +117,6 @@ class ReferencedTrainer(Trainer):
             rank=self.args.process_index,
             world=self.args.world_size,
         )
-        values = torch.from_numpy(table).nan_to_num(0.0).to(self.args.device)
-        values = self.accelerator.reduce(values, "sum").cpu()
+        values = self.accelerator.reduce(torch.from_numpy(table).to(self.args.device), "sum").cpu()
         for column, logps in zip(columns, values.T.tolist(), strict=True):
             dataset.set_column(column, logps)

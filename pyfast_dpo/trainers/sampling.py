@@ -1,4 +1,4 @@
-"""Batches by the number of their tokens, instead of the number of their examples."""
+"""Orders of examples, and batches by the number of their tokens instead of that of their examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pyfast_dpo.data import PreparedDataset
 from pyfast_dpo.trainers.config import PreferenceConfig
@@ -61,6 +62,22 @@ class TokenBudgetBatches(Sampler[list[int]]):
         return torch.randperm(count, generator=generator).tolist()
 
 
+class GroupedByLength(LengthGroupedSampler):
+    """`transformers`' sampler, whose order depends on the epoch alone: a resumed run and every process has it."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
+
+
+def order_seed(args: PreferenceConfig) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def token_budget_loader(
     dataset: PreparedDataset,
     budget: int,
@@ -73,7 +90,7 @@ def token_budget_loader(
         dataset.tokens(),
         budget,
         shuffle=training and args.train_sampling_strategy != "sequential",
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=order_seed(args),
         multiple_of=args.world_size,
     )
     return DataLoader(

@@ -47,7 +47,7 @@ def test_precomputed_reference_trains_as_the_model_beside_it(tmp_path, tokenizer
     assert logs[0][-1]["loss"] < LN2 - 0.01
 
 
-def test_precomputed_reference_in_the_padded_layout_and_none_for_other_data(tmp_path, tokenizer):
+def test_precomputed_reference_in_either_layout(tmp_path, tokenizer, cache):
     losses = []
     for shared in (True, False):
         trainer = dpo_trainer(
@@ -56,11 +56,54 @@ def test_precomputed_reference_in_the_padded_layout_and_none_for_other_data(tmp_
         )  # fmt: skip
         losses.append([entry["loss"] for entry in train_log(trainer)])
         losses[-1].append(trainer.evaluate()["eval_loss"])
-        # The policy has moved: it must not pass for the reference that is gone.
-        with pytest.raises(ValueError, match="reference's log-probs were computed before training"):
-            trainer.evaluate(make_pairs(3))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][0] != pytest.approx(LN2, abs=1e-4)
+    assert len(list(cache.iterdir())) == 4, "each layout has computed its own"
+
+
+@pytest.mark.parametrize("kind, at_start", [(DPOTrainer, LN2), (KTOTrainer, 0.5)])
+@pytest.mark.parametrize(
+    "adapter, ref_seed, trained",
+    [
+        (False, None, False),  # the model is still its own reference
+        (True, None, True),  # the base is under the adapter
+        (False, 1, True),  # it was given
+        (True, 1, True),
+    ],
+)
+def test_new_data_get_the_reference_that_is_there(
+    tmp_path, tokenizer, kind, at_start, adapter, ref_seed, trained
+):
+    def evaluated(precompute):
+        trainer = kind(
+            make_model(), None if ref_seed is None else make_model(seed=ref_seed),
+            config(
+                DPOConfig if kind is DPOTrainer else KTOConfig, tmp_path, learning_rate=1e-2,
+                precompute_ref_log_probs=precompute,
+            ),
+            train_dataset=make_pairs(), processing_class=tokenizer,
+            peft_config=lora() if adapter else None,
+        )  # fmt: skip
+        losses = [trainer.evaluate(make_pairs(5))["eval_loss"]]
+        if trained:
+            trainer.train()
+            losses.append(trainer.evaluate(make_pairs(5))["eval_loss"])
+            losses.append(trainer.predict(make_pairs(5)).metrics["test_loss"])
+        return losses
+
+    before, beside = evaluated(True), evaluated(False)
+    assert before == pytest.approx(beside, abs=1e-5)
+    assert (before[0] == at_start) == (ref_seed is None)
+
+
+def test_new_data_after_full_training_without_a_reference_model_are_refused(tmp_path, tokenizer):
+    trainer = dpo_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True, learning_rate=1e-2)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < LN2  # of the constructor's data
+    with pytest.raises(
+        ValueError, match=r"DPOTrainer: this dataset has no log-probs .* no copy was kept"
+    ):
+        trainer.evaluate(make_pairs(3))  # the policy has moved: it must not pass for the reference
 
 
 def test_precomputed_reference_for_kto_and_for_evaluation(tmp_path, tokenizer):
@@ -83,7 +126,7 @@ def test_cache_is_used_again_and_only_for_the_same_model_and_data(tmp_path, toke
         dpo_trainer(
             tmp_path, tokenizer, model, rows=rows, precompute_ref_log_probs=True, max_steps=1
         )
-        return {path.name: path.stat().st_mtime_ns for path in cache.glob("*.npy")}
+        return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
 
     first = run(make_model(), make_pairs())  # of the train and of the eval dataset
     assert len(first) == 2
@@ -113,12 +156,103 @@ def test_computing_the_reference_goes_on_where_it_was_stopped(cache):
     calls.clear()
     assert run()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert calls == [[6]]
-    (path,) = cache.glob("*.npy")
-    path.write_bytes(path.read_bytes()[:40])  # cut off while it was created: made anew
+
+
+EXAMPLES = [{"prompt_ids": [i], "chosen_ids": [i + 1]} for i in range(7)]
+RECORD = 8 + 4 + 4  # bytes: which example, its log-prob, the checksum
+
+
+def computed(calls):
+    def compute(part):
+        calls.append([example["prompt_ids"][0] for example in part])
+        return torch.tensor([[example["prompt_ids"][0] / 3] for example in part])
+
+    return precomputed_module.computed_once(
+        "key", EXAMPLES, ("ref_logps",), 3, compute, name="train"
+    )
+
+
+@pytest.mark.parametrize(
+    "damage, again, told",
+    [
+        (
+            lambda content: content[: 4 * RECORD + 5],
+            [[3, 4, 5], [6]],
+            False,
+        ),  # cut off with its run
+        (lambda content: content[:40], [[0, 1, 2], [3, 4, 5], [6]], False),
+        (lambda content: b"", [[0, 1, 2], [3, 4, 5], [6]], False),
+        (lambda content: content[:9] + b"?" + content[10:], [[0, 1, 2]], True),  # another log-prob
+        (lambda content: b"\1" + content[1:], [[0, 1, 2]], True),  # of another example
+        (lambda content: content[:20] + content[21:], [[0, 1, 2], [3, 4, 5], [6]], True),
+        (lambda content: b"\xff" * len(content), [[0, 1, 2], [3, 4, 5], [6]], True),
+    ],
+)
+def test_a_damaged_cache_is_computed_again_where_it_is_damaged(cache, damage, again, told, recwarn):
+    whole = computed([])
+    (path,) = cache.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    recwarn.clear()
+    calls = []
+    assert (computed(calls) == whole).all()
+    assert calls == again  # whole batches: with the same ones come the same bits
+    assert any("are damaged and are computed again" in str(w.message) for w in recwarn) == told
+    assert list(cache.iterdir()) == [path]
     calls.clear()
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    assert calls[0] == [0, 1, 2]
+    assert (computed(calls) == whole).all()
+    assert calls == []
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_its_place(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
+    with pytest.raises(
+        OSError, match=r"precompute_ref_log_probs: the cache .* XDG_CACHE_HOME names"
+    ):
+        computed([])
+
+
+def test_a_log_prob_that_is_no_number_stays_one_and_is_known(cache):
+    for _ in range(2):
+        table = precomputed_module.computed_once(
+            "nan", EXAMPLES, ("ref_logps",), 3, lambda part: torch.full((len(part), 1), torch.nan),
+            name="train",
+        )  # fmt: skip
+        assert np.isnan(table).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ld_alpha": 0.5},
+        {"shared_prompt": False},
+        {"bf16": True},
+        {"model": lambda: make_model(seed=1)},
+        {"model": lambda: capped(make_model())},  # no weight says so
+        {"rows": make_pairs(15)},
+    ],
+    ids=str,
+)
+def test_the_cache_knows_everything_that_changes_a_log_prob(tmp_path, tokenizer, cache, change):
+    def columns(**options):
+        trainer = dpo_trainer(
+            tmp_path, tokenizer, options.pop("model", make_model)(), precompute_ref_log_probs=True,
+            **options,
+        )  # fmt: skip
+        return [trainer.train_dataset.examples[0][name] for name in trainer.reference_columns]
+
+    columns()
+    entries = set(cache.iterdir())
+    cached = columns(**change)
+    assert len(set(cache.iterdir()) - entries) >= 1
+    for path in cache.iterdir():
+        path.unlink()
+    assert columns(**change) == cached
+
+
+def capped(model):
+    model.config.final_logit_softcapping = 0.5
+    return model
 
 
 def test_each_process_computes_its_own_share():
@@ -131,8 +265,8 @@ def test_each_process_computes_its_own_share():
         )
         for rank in range(2)
     ]  # fmt: skip
-    assert np.isnan(shares[0][1::2]).all() and np.isnan(shares[1][0::2]).all()
-    assert np.nansum(shares, axis=0)[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert not shares[0][1::2].any() and not shares[1][0::2].any()
+    assert sum(shares)[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_reference_that_follows_the_policy(tmp_path, tokenizer):
