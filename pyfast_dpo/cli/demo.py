@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from pyfast_dpo.cli.console import friendly_errors, quiet_transformers
 from pyfast_dpo.cli.models import SMOLLM2, resolve_model
-from pyfast_dpo.cli.options import positive_float, positive_int
-from pyfast_dpo.cli.train import add_table, finish, lora_config, training_options
+from pyfast_dpo.cli.runs import add_table, finish, lora_config
 from pyfast_dpo.data import PreparedDataset, load_rows, prepare_pairs
 from pyfast_dpo.data.demo_pairs import HELDOUT_FILE, TRAIN_FILE, follows_preference
 
@@ -110,6 +111,20 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
+
+
 def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     transformers = quiet_transformers("pyfast-dpo demo")
     from pyfast_dpo.trainers import DPOConfig, DPOTrainer
@@ -120,16 +135,18 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
         print(f"{options.model} has no chat template; using 'role: content' lines")
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     config = DPOConfig(
-        **training_options(
-            output_dir=options.output_dir,
-            beta=options.beta,
-            learning_rate=options.learning_rate or (2e-5 if options.full else 3e-4),
-            per_device_train_batch_size=options.batch_size,
-            max_steps=options.steps,
-            logging_steps=1,
-            seed=options.seed,
-            gradient_checkpointing=False,
-        )
+        output_dir=options.output_dir,
+        beta=options.beta,
+        learning_rate=options.learning_rate or (2e-5 if options.full else 3e-4),
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.steps,
+        logging_steps=1,
+        seed=options.seed,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = DPOTrainer(
         model=path,

