@@ -43,6 +43,8 @@ class CommandOptions:
         data: files, a folder, or one name for `datasets`, whose rows hold prompt, chosen, rejected or (KTO)
             prompt, completion, label: plain strings or chat messages.
         split: of a dataset by name.
+        dataset_config: configuration of a dataset by name.
+        dataset_streaming: read the rows of a dataset by name as they are needed, with --steps.
         eval_data: the same for evaluation, at the end or as --eval_strategy and --eval_steps say.
         eval_split: of a dataset by name.
         resume: go on from a checkpoint: the latest of --output_dir, or the one whose folder follows.
@@ -73,6 +75,8 @@ class CommandOptions:
     ref_model: str | None = None
     data: list[str] | None = field(default=None, metadata=also("dataset_name"))
     split: str = field(default="train", metadata=also("dataset_train_split"))
+    dataset_config: str | None = None
+    dataset_streaming: bool = False
     eval_data: list[str] | None = None
     eval_split: str = field(default="test", metadata=also("dataset_test_split"))
     resume: str | None = field(default=None, metadata={"nargs": "?", "const": LATEST})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,20 @@ def _build(command: CommandOptions, config: Config) -> PreferenceTrainer:
 
 def _rows(command: CommandOptions, config: Config) -> tuple[Any, Any]:
     assert command.data is not None  # checked with the options
-    rows = load_rows(command.data, split=command.split)
-    source = command.eval_data
-    if source is None and config.eval_strategy != "no":
-        if any(Path(item).is_file() for item in command.data):
-            raise ValueError(
-                "--eval_strategy needs --eval_data, as files have no split for evaluation"
-            )
-        source = command.data
-    return rows, None if source is None else load_rows(source, split=command.eval_split)
+    read = partial(
+        load_rows,
+        command.data,
+        config=command.dataset_config,
+        streaming=command.dataset_streaming,
+    )
+    rows = read(split=command.split)
+    if command.eval_data is not None:
+        return rows, load_rows(command.eval_data, split=command.eval_split)
+    if config.eval_strategy == "no":
+        return rows, None
+    if any(Path(item).is_file() for item in command.data):
+        raise ValueError("--eval_strategy needs --eval_data, as files have no split for evaluation")
+    return rows, read(split=command.eval_split)
 
 
 def _adapter(command: CommandOptions) -> Any:

@@ -15,7 +15,13 @@ _SAVED = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk
 _NOT_ROWS = (*_SAVED, "dataset_infos.json", "state.json", "config.json")
 
 
-def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train") -> Sequence[Row]:
+def load_rows(
+    source: str | Path | Sequence[str | Path],
+    *,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+) -> Sequence[Row]:
     """Reads a dataset.
 
     Args:
@@ -25,9 +31,10 @@ def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train"
             that hold chat messages, tools or a label are read as such.
         split: which split of a `datasets` name to take; of a folder whose files are named by splits
             (`train.jsonl`, `test-00000.parquet`), the files of that split.
+        config, streaming: of a `datasets` name: its configuration, and whether rows are read as they are needed.
 
     Returns:
-        The rows, a list of dicts or a `datasets.Dataset`.
+        The rows, a list of dicts or a `datasets.Dataset`; with `streaming` an `IterableDataset`.
 
     Raises:
         FileNotFoundError: a file or folder that does not exist.
@@ -37,8 +44,17 @@ def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train"
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
         raise ValueError("load_rows: source must name at least one file or dataset, got none")
-    if len(sources) == 1 and not _is_path(sources[0]):
-        rows = _named(str(sources[0]), split)
+    named = len(sources) == 1 and not _is_path(sources[0])
+    if (config is not None or streaming) and not named:
+        raise ValueError(
+            f"load_rows: config and streaming are for a dataset by name, got {config!r} and {streaming} with "
+            f"{[str(item) for item in sources]}"
+        )
+    if named:
+        datasets = require("datasets", f"loading the dataset {sources[0]!r}")
+        rows = datasets.load_dataset(str(sources[0]), config, split=split, streaming=streaming)
+        if streaming:  # of unknown length
+            return rows
     elif len(sources) == 1 and any((Path(sources[0]) / name).exists() for name in _SAVED):
         rows = _saved(str(sources[0]), split)
     else:
@@ -122,8 +138,3 @@ def _saved(folder: str, split: str) -> Sequence[Row]:
             f"load_rows: split must be one of {list(loaded)} of {folder}, got {split!r}"
         )
     return loaded[split]
-
-
-def _named(name: str, split: str) -> Sequence[Row]:
-    datasets = require("datasets", f"loading the dataset {name!r}")
-    return datasets.load_dataset(name, split=split)

@@ -133,11 +133,7 @@ def test_every_option_of_the_command_is_a_flag_and_has_a_text(unchecked, name):
     assert getattr(command, name) == value
 
 
-LEFT_OUT = {
-    "ignore_bias_buffers",  # a workaround for models with bool buffers under DDP
-    "dataset_config",  # not read by load_rows yet
-    "dataset_streaming",
-}
+LEFT_OUT = {"ignore_bias_buffers"}  # a workaround for models with bool buffers under DDP
 
 
 @pytest.mark.parametrize("kind", ["ModelConfig", "ScriptArguments"])
@@ -288,6 +284,7 @@ def test_bad_config_file(tmp_path, text, message):
         (["--model", "{folder}"], "--model .*: the folder holds no model"),
         (["--resume", "{folder}"], "--resume .*: there is no whole checkpoint"),
         (["--eval_strategy", "steps"], "--eval_strategy needs --eval_data"),
+        (["--dataset_streaming"], "config and streaming are for a dataset by name, got None and True with"),
         (["--load_in_4bit", "--load_in_8bit"], "--load_in_8bit and --load_in_4bit: choose one"),
     ],
 )  # fmt: skip
@@ -367,6 +364,23 @@ def test_evaluation_takes_the_test_split_of_the_same_data(files, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "train: kept 16 of 16" in printed and "eval: kept 4 of 4" in printed
     assert "eval after step 2" in printed
+
+
+def test_a_stream_by_name_is_read_as_it_is_needed(files, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list(make_pairs()).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    flags = ["--dataset_name", "org/pairs", "--dataset_config", "en", "--dataset_streaming"]
+    assert train(files, tmp_path, *flags, "--eval_strategy", "steps", "--eval_steps", "3") == 0
+    assert asked == [
+        (("org/pairs", "en"), {"split": split, "streaming": True}) for split in ("train", "test")
+    ]
+    assert "eval after step 3" in capsys.readouterr().out
 
 
 # Checkpoints -----------------------------------------------------------------------------------------------
