@@ -198,7 +198,7 @@ def _prepared(
     prepared = PreparedDataset(
         _noting(finish(_accounted(enumerate(outcomes, start=1), report)), numbers),
         report,
-        rows if hasattr(rows, "__getitem__") else list(rows),
+        _with_prompts(rows if hasattr(rows, "__getitem__") else list(rows)),
         numbers,
     )
     if not len(prepared):
@@ -274,6 +274,22 @@ def _accounted(
         for example in outcome.examples:
             fruitless = False
             yield number, example
+
+
+def _with_prompts(rows: Any) -> Any:
+    """The rows of pairs with the prompt that their responses share, where they have no column of it."""
+    return RowsWithPrompts(rows) if len(rows) and "prompt" not in rows[0] else rows
+
+
+class RowsWithPrompts:
+    """Finds the prompt when a row is asked for."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __getitem__(self, index: int) -> Row:
+        row = self._rows[index]
+        return row if "prompt" in row else {"prompt": parse_pair(row).prompt, **row}
 
 
 def _noting(numbered: Iterable[Numbered], numbers: list[int]) -> Iterator[Example]:

@@ -76,6 +76,8 @@ class PreferenceConfig(TrainingArguments):
             "auto": 128 on AWS Neuron, none elsewhere.
         pad_token: a token of the vocabulary that the tokenizer pads with, instead of its own.
         dataset_num_proc: processes that tokenize the data; by default this one alone.
+        chat_template_kwargs: options of the chat template for all rows, such as `{"enable_thinking": false}`; those
+            in a row's own column of this name come first; on the command line as JSON.
         disable_dropout: set every dropout probability of the policy to 0.
         router_aux_loss_coef: weight of the loss that balances the experts of a mixture of experts; None for
             the model's own, 0 for none.
@@ -95,6 +97,7 @@ class PreferenceConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the Trainer declares it
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "chat_template_kwargs",
         "liger_kernel_config",
     ]
 
@@ -116,6 +119,7 @@ class PreferenceConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = "auto"
     pad_token: str | None = None
     dataset_num_proc: int | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
     disable_dropout: bool = True
     router_aux_loss_coef: float | None = None
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -136,7 +140,7 @@ class PreferenceConfig(TrainingArguments):
             # Rows of shared prompts cannot be cut among processes, so each collates its own batches.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
-        self.loading_options()  # checks them
+        self.loading_options(), self.template_options()  # checks them
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = NEURON_MULTIPLE if self.device.type == "neuron" else None
         self._say_what_happens_instead()
@@ -158,12 +162,19 @@ class PreferenceConfig(TrainingArguments):
 
     def loading_options(self) -> dict[str, Any]:
         """For `from_pretrained` of a model given by name."""
-        given = self.model_init_kwargs
+        return {"trust_remote_code": self.trust_remote_code, **self._dict("model_init_kwargs")}
+
+    def template_options(self) -> dict[str, Any]:
+        """For the chat template, of all rows."""
+        return self._dict("chat_template_kwargs")
+
+    def _dict(self, option: str) -> dict[str, Any]:
+        given = getattr(self, option)
         if not isinstance(given, dict | None):  # JSON is a dict once the config is made
             raise ValueError(
-                f"{type(self).__name__}: model_init_kwargs must be a dict, or one as JSON, got {given!r}"
+                f"{type(self).__name__}: {option} must be a dict, or one as JSON, got {given!r}"
             )
-        return {"trust_remote_code": self.trust_remote_code, **(given or {})}
+        return given or {}
 
     def tokenizer_options(self) -> dict[str, Any]:
         """For `from_pretrained` of the tokenizer of such a model."""

@@ -83,6 +83,7 @@ class KTOTrainer(PreferenceTrainer):
             self.processing_class,
             max_length=args.max_length,
             name=name,
+            chat_template_kwargs=args.template_options(),
             num_proc=args.dataset_num_proc,
         )
 

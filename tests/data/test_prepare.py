@@ -139,3 +139,15 @@ def test_masks_may_be_left_out_of_some_examples():
     ]
     dataset = PreparedDataset(examples, DataReport("train"))
     assert dataset["chosen_assistant_mask"] == [[1, 0], [1, 1, 1], []]
+
+
+@pytest.mark.parametrize("prepared, times", [(prepare_pairs, 1), (prepare_unpaired, 2)])
+def test_a_prompt_found_in_the_responses_is_a_column_too(prepared, times):
+    pairs = [
+        {side: [*row["prompt"], *row[side]] for side in ("chosen", "rejected")}
+        for row in (GOOD_CHAT, {**GOOD_CHAT, "prompt": [{"role": "user", "content": "x"}]})
+    ]
+    dataset = prepared(pairs, make_chat_tokenizer())
+    assert dataset["prompt"][::times] == [row["chosen"][:1] for row in pairs]
+    assert dataset[0]["prompt"] == GOOD_CHAT["prompt"]
+    assert "prompt" in dataset.column_names

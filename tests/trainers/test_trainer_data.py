@@ -248,3 +248,19 @@ def test_a_stream_trains_on_every_row_once_an_epoch_and_reports_them(tmp_path, t
     report = trainer.data_reports["train"]
     assert (report.total, report.kept) == (24, 23)
     assert [len(numbers) for numbers in report.dropped.values()] == [1]
+
+
+def test_options_of_the_config_reach_tokenization(tmp_path, monkeypatch):
+    from pyfast_dpo.data import prepare
+
+    monkeypatch.setattr(prepare, "ROWS_OF_A_TASK", 2)  # so that 8 rows need more than one process
+    tokenizer = make_tool_tokenizer()
+    model = make_model()
+    model.resize_token_embeddings(len(tokenizer))
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "dataset_num_proc": 2}
+    dpo = dpo_trainer(tmp_path, tokenizer, model, rows=TOOL_ROWS, **options)
+    kto = kto_trainer(tmp_path, tokenizer, TOOL_ROWS, model=model, **options)
+    for trainer in (dpo, kto):
+        prompts = [tokenizer.decode(ids) for ids in trainer.train_dataset["prompt_ids"]]
+        assert prompts[0] == "<tools> f <quiet> <user> a <end> <assistant>"
+        assert len({*prompts}) == 8
