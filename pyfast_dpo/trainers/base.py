@@ -101,11 +101,13 @@ class PreferenceTrainer(
         set_seed(args.seed)
         ref_model_is_copy = ref_model is None
         model, ref_model, self._reference_adapter = with_reference(
+            name,
             model,
             ref_model,
             peft_config,
             dropout=not args.disable_dropout,
-            copied=needs_reference and not args.precompute_ref_log_probs,
+            needed=needs_reference,
+            copied=not args.precompute_ref_log_probs,
         )
         if args.sync_ref_model and ref_model is None:
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyfast_dpo.data.cache import cache_folder
 from pyfast_dpo.layout.padded_collators import MASK_SUFFIX
 from pyfast_dpo.ops.extras import require
+from pyfast_dpo.trainers.adapters import is_adapted
 
 
 def reference_key(
@@ -32,7 +33,10 @@ def reference_key(
         examples: their token ids count.
         settings: whatever else the values depend on.
     """
-    adapted = hasattr(model, "peft_config")
+    adapted = is_adapted(model)
+    if adapted:
+        in_use: Any = model.base_model.active_adapters  # type: ignore[union-attr]
+        settings += f" {in_use} {getattr(model, '_adapters_disabled', False)}"
     trained = {name for name, p in model.named_parameters() if adapted and p.requires_grad}
     digest = hashlib.sha256(settings.encode())
     configurations = [model.config] if hasattr(model, "config") else []

@@ -10,50 +10,69 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfast_dpo.ops.extras import require
-
-REFERENCE_ADAPTER = "reference"
+from pyfast_dpo.trainers.adapters import (
+    AdapterReference,
+    adapter_in_use,
+    adapters_off,
+    as_it_came,
+    is_adapted,
+    refuse_prompt_learning,
+    wrapped,
+)
 
 
 def with_reference(
-    model: nn.Module, ref_model: nn.Module | None, peft_config: Any, *, dropout: bool, copied: bool
+    name: str,
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    peft_config: Any,
+    *,
+    dropout: bool,
+    needed: bool,
+    copied: bool,
 ) -> tuple[nn.Module, nn.Module | None, str | None]:
-    """(policy, reference model or None, adapter that serves as the reference or None).
+    """(policy, reference model or None, adapter of the policy that serves as the reference or None).
 
-    A new adapter's reference is the base model under it. An adapter that came with the model may be
-    trained, so its present state is kept as a second, frozen adapter. Everything else needs a second model,
-    unless `copied` says that nobody will ask for it.
+    A new adapter's reference is the model under it. An adapter that came with the model may be trained, so its
+    present state is kept as a second, frozen adapter. Where that would not be the model as it was, and where there
+    is no adapter, the reference is a frozen copy.
+
+    Args:
+        name: of the trainer, for errors and warnings.
+        needed: False if nothing asks for a reference.
+        copied: False if a model without adapters needs no copy, since its log-probs are computed before training.
+
+    Raises:
+        ValueError: an adapter that cannot be trained here, or whose reference cannot be had.
+
+    Warns:
+        UserWarning: an adapter makes a copy necessary.
     """
-    reference_adapter = None
-    has_adapter = hasattr(model, "peft_config")
+    found = AdapterReference()
     if peft_config is not None:
-        if has_adapter:
-            raise ValueError(
-                "peft_config: the model already has an adapter; merge it first (merge_and_unload()) "
-                "or leave peft_config out to train that adapter on"
-            )
-        model = require("peft", "peft_config").get_peft_model(model, peft_config)
-    elif has_adapter and ref_model is None:
-        reference_adapter = _copy_adapter(model)
-    active = getattr(model, "active_peft_config", None)
-    if active is not None and active.is_prompt_learning:
-        raise ValueError(
-            f"peft_config: {type(active).__name__} puts virtual tokens before the prompt, which the batches "
-            "do not have; use an adapter in the layers, such as LoraConfig"
-        )
+        model, found = wrapped(name, model, peft_config)
+    elif is_adapted(model):
+        for config in model.peft_config.values():  # type: ignore[operator]
+            refuse_prompt_learning(config)
+        if needed and ref_model is None:
+            found = as_it_came(name, model)
     if not dropout:
         disable_dropout(model)
-    if ref_model is None and copied and not hasattr(model, "peft_config"):
-        ref_model = copy.deepcopy(model)
+    if needed and ref_model is None:
+        ref_model = found.model
+        if copied and not is_adapted(model):
+            ref_model = copy.deepcopy(model)
     if ref_model is not None:
         ref_model.requires_grad_(False).eval()
-    return model, ref_model, reference_adapter
+    return model, ref_model, found.adapter
 
 
 def narrow_linear_layers(model: Any, dtype: torch.dtype) -> None:
     """Keeps the weights of a frozen model's linear layers in the dtype to which autocast casts them in every
     pass: the same results, half the memory. Not those of the lm_head, nor any that a module of another kind
-    shares."""
+    shares, nor a model with adapters."""
+    if is_adapted(model):
+        return
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
     others = [m for m in model.modules() if type(m) is not nn.Linear or m is head]
@@ -82,32 +101,9 @@ def as_reference(model: nn.Module, unwrapped: Any, adapter: str | None) -> Itera
     try:
         with contextlib.ExitStack() as stack:
             if adapter is not None:
-                stack.enter_context(_adapter_in_use(unwrapped, adapter))
-            elif hasattr(unwrapped, "peft_config"):
-                stack.enter_context(unwrapped.disable_adapter())
+                stack.enter_context(adapter_in_use(unwrapped, adapter))
+            elif is_adapted(unwrapped):
+                stack.enter_context(adapters_off(unwrapped))
             yield model
     finally:
         model.train(was_training)
-
-
-@contextlib.contextmanager
-def _adapter_in_use(model: Any, name: str) -> Iterator[None]:
-    active = model.active_adapter
-    model.set_adapter(name, inference_mode=True)
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
-
-
-def _copy_adapter(model: Any) -> str:
-    active = model.active_adapter
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
-    state = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in state.items():
-            if f".{REFERENCE_ADAPTER}." in name:
-                parameter.copy_(state[name.replace(f".{REFERENCE_ADAPTER}.", f".{active}.")])
-                parameter.requires_grad_(False)
-    model.set_adapter(active)
-    return REFERENCE_ADAPTER

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from pyfast_dpo.data import PreparedDataset
 from pyfast_dpo.model.prepare import PreparedModels
+from pyfast_dpo.trainers.adapters import is_adapted
 from pyfast_dpo.trainers.config import PreferenceConfig
 from pyfast_dpo.trainers.precomputed import computed_once, reference_key
 from pyfast_dpo.trainers.reference import as_reference
@@ -67,9 +68,7 @@ class ReferencedTrainer(Trainer):
 
     def _train_away_from_reference(self) -> None:
         """Says that the policy moves from here on, so that it is no longer its own reference."""
-        self._reference_is_gone = self.ref_model is None and not hasattr(
-            self._policy, "peft_config"
-        )
+        self._reference_is_gone = self.ref_model is None and not is_adapted(self._policy)
 
     def _put_reference_away(self) -> None:
         """Leaves the device's memory to training; it comes back for a dataset without its log-probs."""
