@@ -10,12 +10,13 @@ export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast lint format bench sdist wheel test-torches gpu-check clean
+.PHONY: help demo test test-fast test-crash lint format bench sdist wheel test-torches gpu-check clean
 
 help:
 	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
 	@echo "make test       build everything and run every test"
 	@echo "make test-fast  what one runs after every edit: everything that takes no trainer, no compiler, no process"
+	@echo "make test-crash kills training at 20 random moments and resumes it (minutes; SEED=... for others)"
 	@echo "make bench      measure everything against its peers; writes bench/results (an hour)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     apply ruff and clang-format"
@@ -61,6 +62,10 @@ test: $(VENV)/.peers
 
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -x -m "not slow"
+
+SEED ?= 1
+test-crash: $(VENV)/.installed
+	PYFAST_DPO_CRASH_MOMENTS=20 PYFAST_DPO_CRASH_SEED=$(SEED) $(BIN)/python -m pytest -q tests/trainers/test_trainer_crash.py
 
 bench: $(VENV)/.peers $(VENV)/.demo-model
 	$(BIN)/python bench/bench_ops.py

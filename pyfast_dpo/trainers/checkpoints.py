@@ -196,6 +196,10 @@ class CheckpointingTrainer(Trainer):
         with self._reading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._reading(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         self._read_from = str(self.state.best_model_checkpoint)
         with self._reading(self._read_from):
