@@ -1,5 +1,5 @@
-// pyfast_dpo.ops._C: build facts, CPU capability, loss names, the scalar losses, and the NumPy entry
-// points. Importing it also runs the operator registrations of csrc/torch. No tensor crosses
+// pyfast_dpo.ops._C: build facts, CPU capability, loss names, the scalar losses, and the NumPy
+// entry points. Importing it also runs the operator registrations of csrc/torch. No tensor crosses
 // pybind11.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

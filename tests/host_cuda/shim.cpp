@@ -16,6 +16,7 @@ void pfd_sizes(int64_t* sizes) {
   sizes[2] = sizeof(PairLossParams);
   sizes[3] = sizeof(UnpairedLossParams);
   sizes[4] = sizeof(RowStatisticsParams);
+  sizes[5] = sizeof(ScaleParams);
 }
 
 int pfd_pair_loss_index(const char* name) { return PairLosses::index_of(name); }
@@ -45,6 +46,7 @@ int pfd_unpaired_loss_backward(const UnpairedLossParams* params) {
 int pfd_row_statistics(const RowStatisticsParams* params) {
   return cuda::row_statistics(*params, nullptr);
 }
+int pfd_scale(const ScaleParams* params) { return cuda::scale(*params, nullptr); }
 const char* pfd_error_string(int code) { return cuda::error_string(code); }
 
 void pfd_set_order(int order, uint64_t seed) {

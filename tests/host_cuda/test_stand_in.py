@@ -49,7 +49,7 @@ def test_stand_in_catches(library: HostCuda, fault: str, order: str) -> None:
 
 
 def test_mirror_of_the_parameters(library: HostCuda) -> None:
-    sizes = (ctypes.c_int64 * 5)()
+    sizes = (ctypes.c_int64 * 6)()
     library.lib.pfd_sizes(sizes)
     mirrors = (
         harness.SeqLogpParams,
@@ -57,6 +57,7 @@ def test_mirror_of_the_parameters(library: HostCuda) -> None:
         harness.PairLossParams,
         harness.UnpairedLossParams,
         harness.RowStatisticsParams,
+        harness.ScaleParams,
     )
     assert [*sizes] == [ctypes.sizeof(mirror) for mirror in mirrors]
 
