@@ -1,7 +1,7 @@
 """Times the losses on a GPU against floors measured in the same rounds, and against the peers that are installed.
 
     python bench/bench_gpu.py [--only GROUP ...] [--json FILE] [--repeats N]     on a GPU
-    python bench/bench_gpu.py --predict [--json FILE]     counted bytes, FLOPs and instructions; needs no GPU
+    python bench/bench_gpu.py --predict [--json FILE]     counted bytes and instructions; needs no GPU
     python bench/bench_gpu.py --rehearse                  tiny shapes on the CPU: does the script work?
 
 Groups: logits, head, attention, training, compiled. Contestants take turns in one process. The file is written after
@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from gpu_attention import Heads, attention
 from gpu_contenders import captured, compiled_contestants, logits_contestants, ours_step, torch_step
-from gpu_heads import LinearBatch, linear_contestants
+from gpu_heads import linear_batch, linear_contestants
 from gpu_measure import FLOOR, MIB, Bench, Cpu, Cuda, Row, reason, table
 from gpu_training import ModelShape, training_step
 
 import pyfast_dpo
-from pyfast_dpo import CompletionRows
 
 CACHE_BYTES = 256 * MIB  # more than any L2 cache holds
 GROUPS = ("logits", "head", "training", "attention", "compiled")
@@ -59,8 +58,13 @@ PLAN = Plan(
         ((16, 512, 50257), 0.0, 0.0),  # odd: most rows are misaligned; no target
     ],
     step=(32, 512, 128256),  # 16 pairs
-    linear=[(16, 512, 4096, 128256), (4, 50, 4096, 128256), (4, 256, 4096, 128256)],
-    chunks=[512 * MIB, 1024 * MIB],
+    linear=[
+        (16, 512, 4096, 128256),
+        (4, 50, 4096, 128256),
+        (4, 256, 4096, 128256),
+        (4, 256, 4096, 128257),  # a token was added: the bare products are several times slower too
+    ],
+    chunks=[256 * MIB, 1024 * MIB],
     attention=Heads(32, 8, 64, pairs=8),
     model=ModelShape(2048, 8192, 16, 32, 8, 128256, pairs=16, steps=10, skipped=4),
 )
@@ -133,14 +137,7 @@ def from_hidden(
 ) -> list[Row]:
     sequences, length, width, vocab = shape
     count = sequences * length
-    labels = bench.tokens(vocab, sequences, length)
-    batch = LinearBatch(
-        bench.normal(sequences, length, width).requires_grad_(),
-        bench.normal(vocab, width, scale=width**-0.5).requires_grad_(not frozen),
-        labels,
-        CompletionRows.from_labels(labels),
-        bench.normal(sequences).float(),
-    )
+    batch = linear_batch(bench, shape, frozen)
     states, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
     logits = bench.normal(count, vocab)
     outputs = torch.empty_like(states), torch.empty_like(weight)

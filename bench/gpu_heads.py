@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from gpu_contenders import BETA, Contestant, dpo_loss, torch_logps
+from gpu_measure import Bench
 from torch import Tensor
 
 import pyfast_dpo
@@ -26,6 +27,19 @@ class LinearBatch:
     @property
     def wanted(self) -> list[Tensor]:
         return [tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad]
+
+
+def linear_batch(bench: Bench, shape: tuple[int, int, int, int], frozen: bool) -> LinearBatch:
+    """Of sequences, positions, hidden, vocabulary."""
+    sequences, length, width, vocab = shape
+    labels = bench.tokens(vocab, sequences, length)
+    return LinearBatch(
+        bench.normal(sequences, length, width).requires_grad_(),
+        bench.normal(vocab, width, scale=width**-0.5).requires_grad_(not frozen),
+        labels,
+        CompletionRows.from_labels(labels),
+        bench.normal(sequences).float(),
+    )
 
 
 def ours(statistics: bool, chunk_bytes: int | None = None) -> Contestant:
@@ -95,10 +109,12 @@ def cce_linear(filter_eps: str | None) -> Contestant:
 
     def run(batch: LinearBatch) -> None:
         function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+        # Flat, since its backward pass takes no expanded gradient.
         losses = function(
-            batch.hidden, batch.weight, batch.labels, reduction="none", filter_eps=filter_eps
-        )
-        loss = dpo_loss(-losses.float().sum(-1), batch.reference)
+            batch.hidden.flatten(0, 1), batch.weight, batch.labels.flatten(), reduction="none",
+            filter_eps=filter_eps,
+        )  # fmt: skip
+        loss = dpo_loss(-losses.float().view(batch.labels.shape).sum(-1), batch.reference)
         torch.autograd.grad(loss, batch.wanted)
 
     return run

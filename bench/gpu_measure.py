@@ -13,7 +13,7 @@ from common import ratios, spread
 from torch import Tensor
 
 MIB = 1 << 20
-AHEAD_CYCLES = 6_000_000  # the device sleeps about 3 ms while the host queues the timed work
+AHEAD_CYCLES = 20_000_000  # the device sleeps about 10 ms while the host queues the timed work
 FLOOR = "floor"
 FEWEST_ROUNDS = 5
 

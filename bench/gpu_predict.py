@@ -1,4 +1,5 @@
-"""What the kernels must do on a GPU, counted and not measured: bytes, FLOPs, and instructions of the built kernels.
+"""What the kernels on logits must do on a GPU, counted and not measured: bytes, and instructions as they are built.
+(The head's products and bytes: gpu_count.py.)
 
 A pass takes at least as long as its bytes need at the memory's rate, as its instructions need to be issued, and
 as its exponentials need in their pipe. The largest of the three is the bound; where that is the bytes, the
@@ -30,7 +31,6 @@ class Gpu:
     hertz: float = 1.755e9
     lanes: int = 128  # thread instructions a cycle and multiprocessor
     exponential_lanes: int = 16
-    flops: float = 750e12  # what large cuBLAS products reach, published: 728 to 791 of 989
 
 
 GPUS = [Gpu("H100 SXM", 3.35e12), Gpu("H200 SXM", 4.8e12)]
@@ -84,39 +84,6 @@ def of_pass(gpu: Gpu, name: str, loop: Loop) -> Prediction:
     )
 
 
-def linear_step(
-    gpu: Gpu, shape: tuple[int, int, int, int], chunk_bytes: int, frozen: bool
-) -> dict[str, Any]:
-    """Time of the bare products, and of what else is moved between them, if nothing overlaps."""
-    sequences, length, width, vocab = shape
-    rows = sequences * length
-    chunks = -(-rows // (chunk_bytes // (4 * vocab)))
-    products = (2 if frozen else 3) * 2 * rows * width * vocab
-    # Logits in float32, not in a half type, 2; read by the log-sum-exp, 4; read for the gradient, 4, which is
-    # written as a half, 2. The products that read it do so in the floor too.
-    logits = rows * vocab * (2 + 4 + 4 + 2)
-    # The weight's gradient: those of the logits gathered, 2 + 2, and multiplied 2 H rows at a time; the
-    # product in float32, written and read, 8; a total of earlier products read and written, 8; the floor's
-    # own product wrote 2, as the last one here does.
-    products_of_many = -(-rows // (2 * width))
-    gathered = 0 if frozen else rows * vocab * 4
-    accumulate = 0 if frozen else vocab * width * (8 + (products_of_many - 1) * 16)
-    product_ms = products / gpu.flops * 1e3
-    moved_ms = (logits + gathered + accumulate) / gpu.bytes_per_s * 1e3
-    return {
-        "gpu": gpu.name,
-        "frozen": frozen,
-        "chunk_mib": chunk_bytes >> 20,
-        "chunks": chunks,
-        "tflop": products / 1e12,
-        "logits_gb": logits / 1e9,
-        "weight_gradient_gb": (gathered + accumulate) / 1e9,
-        "products_ms": product_ms,
-        "moved_ms": moved_ms,
-        "over_products": (product_ms + moved_ms) / product_ms,
-    }
-
-
 def predict(plan: Any) -> dict[str, Any]:
     found: dict[str, Loop] = {}
     for name in ("seq_logp_forward.cu", "seq_logp_backward.cu"):
@@ -164,22 +131,6 @@ def predict(plan: Any) -> dict[str, Any]:
                 f"{gpu.name}, [{batch * length}, {vocab}]: forward {forward_ms:.3f}, "
                 f"forward + backward in place {both:.3f}"
             )
-    lines.append(
-        "\nFrom hidden states: products at 750 TFLOP/s, and what else moves if nothing overlaps"
-    )
-    linear = [
-        linear_step(gpu, plan.linear[0], chunk, frozen)
-        for gpu in GPUS
-        for frozen in (False, True)
-        for chunk in (256 << 20, *plan.chunks)
-    ]
-    for step in linear:
-        lines.append(
-            f"{step['gpu']}, {'frozen' if step['frozen'] else 'trainable'}, chunks of {step['chunk_mib']} MiB "
-            f"({step['chunks']}): {step['tflop']:.1f} TFLOP {step['products_ms']:.1f} ms; logits "
-            f"{step['logits_gb']:.1f} GB + weight gradient {step['weight_gradient_gb']:.1f} GB "
-            f"{step['moved_ms']:.1f} ms; {step['over_products']:.2f} x the products"
-        )
     return {
         "table": "\n".join(lines),
         "what": f"counted from the SASS of sm_{ARCHITECTURE} and the shapes, not measured on a GPU",
@@ -187,5 +138,4 @@ def predict(plan: Any) -> dict[str, Any]:
         "loops": [asdict(found[kernel]) for kernel, _, _ in PASSES.values()],
         "passes": [{**asdict(p), "bound": p.bound} for p in passes],
         "from_logits": workloads,
-        "from_hidden": linear,
     }

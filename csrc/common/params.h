@@ -83,16 +83,26 @@ struct SeqLogpBackwardParams {
 // What a trainer reports of a row's distribution p = softmax(z). A row with NaN or +inf, or with
 // nothing but -inf, has none: NaN, and no hit.
 struct RowStatisticsParams {
-  const void* logits;      // [R, V], contiguous
+  const void* logits;      // [R, V]
+  int64_t row_stride;      // elements between rows
   DType dtype;             // kFloat32 or kFloat64
   int64_t rows;            // R
   int64_t vocab;           // V
   const int64_t* targets;  // [R]; outside [0, V): no hit
+  const void* row_max;     // [R] in the dtype of the logits, or null; on CUDA it spares a pass
   // [R] each, in the dtype of the logits
   void* entropy;           // log sum exp z - sum p z
   void* mean_logits;       // sum z / V
   bool* is_top1;           // no logit is larger than the target's; a tie is a hit
   void* log_sum_sq_probs;  // log sum p^2
+};
+
+// values *= *factor, on CUDA.
+struct ScaleParams {
+  DType dtype;
+  int64_t count;
+  void* values;        // contiguous
+  const void* factor;  // one, float32 (float64 for float64 values), on the device
 };
 
 // The lm_head on the CPU: R rows of hidden states, all matrices contiguous, float32 sums.

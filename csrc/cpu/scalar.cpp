@@ -119,11 +119,11 @@ void write_row_statistics(const RowStatisticsParams& params, int64_t row, double
   write_stat(params.mean_logits, params.dtype, row, logits / static_cast<double>(params.vocab));
   write_stat(params.log_sum_sq_probs, params.dtype, row, std::log(squares) - 2 * log_total);
   params.is_top1[row] =
-      valid && read_stat(params.logits, params.dtype, row * params.vocab + target) >= peak;
+      valid && read_stat(params.logits, params.dtype, row * params.row_stride + target) >= peak;
 }
 
 void scalar_statistics_of_row(const RowStatisticsParams& params, int64_t row) {
-  const double* z = static_cast<const double*>(params.logits) + row * params.vocab;
+  const double* z = static_cast<const double*>(params.logits) + row * params.row_stride;
   double peak = z[0], total = 0, moment = 0, squares = 0, logits = 0;
   for (int64_t v = 1; v < params.vocab; ++v) peak = z[v] > peak ? z[v] : peak;
   for (int64_t v = 0; v < params.vocab; ++v) {

@@ -39,7 +39,7 @@ static inline void add_statistics(const float* z, int64_t count, float peak, Sta
 }
 
 static void statistics_of_row(const RowStatisticsParams& params, int64_t row) {
-  const float* z = static_cast<const float*>(params.logits) + row * params.vocab;
+  const float* z = static_cast<const float*>(params.logits) + row * params.row_stride;
   const float peak = first_peak(z, params.vocab);
   StatisticsSums sums;
   for (int64_t begin = 0; begin < params.vocab; begin += kBlock) {

@@ -23,6 +23,7 @@ int64_t seq_logp_slices(DType dtype, int64_t vocab);
 int seq_logp_forward(const SeqLogpParams& params, Stream stream);
 int seq_logp_backward(const SeqLogpBackwardParams& params, Stream stream);
 int row_statistics(const RowStatisticsParams& params, Stream stream);
+int scale(const ScaleParams& params, Stream stream);
 int pair_loss_forward(const PairLossParams& params, Stream stream);
 int pair_loss_backward(const PairLossParams& params, Stream stream);
 int unpaired_loss_forward(const UnpairedLossParams& params, Stream stream);

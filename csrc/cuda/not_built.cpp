@@ -12,6 +12,7 @@ int64_t seq_logp_slices(DType, int64_t) { return 1; }
 int seq_logp_forward(const SeqLogpParams&, Stream) { return kNotBuilt; }
 int seq_logp_backward(const SeqLogpBackwardParams&, Stream) { return kNotBuilt; }
 int row_statistics(const RowStatisticsParams&, Stream) { return kNotBuilt; }
+int scale(const ScaleParams&, Stream) { return kNotBuilt; }
 int pair_loss_forward(const PairLossParams&, Stream) { return kNotBuilt; }
 int pair_loss_backward(const PairLossParams&, Stream) { return kNotBuilt; }
 int unpaired_loss_forward(const UnpairedLossParams&, Stream) { return kNotBuilt; }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
 
 #include "torch/checks.h"
@@ -12,7 +13,8 @@ namespace pyfast_dpo {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_statistics(const Tensor& logits_in,
-                                                          const Tensor& targets_in) {
+                                                          const Tensor& targets_in,
+                                                          const std::optional<Tensor>& row_max_in) {
   const char* op = "pyfast_dpo::row_statistics";
   const DType dtype = logits_dtype(op, logits_in);
   STD_TORCH_CHECK(logits_in.dim() == 2 && logits_in.size(1) > 0 &&
@@ -21,17 +23,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_statistics(const Tensor& logits_i
                   describe(logits_in));
   const int64_t rows = logits_in.size(0);
   const Tensor targets = checked(op, "targets", targets_in, ScalarType::Long, {rows}, logits_in);
-  const Tensor logits = torch::stable::contiguous(logits_in);
+  const auto row_max =
+      checked(op, "row_max", row_max_in, logits_in.scalar_type(), {rows}, logits_in);
+  const bool rows_are_contiguous = logits_in.stride(1) == 1 || logits_in.size(1) == 1;
+  const Tensor logits = rows_are_contiguous ? logits_in : torch::stable::contiguous(logits_in);
   const auto new_values = [&](ScalarType type) {
     return torch::stable::new_empty(logits, {rows}, type);
   };
   const Tensor entropy = new_values(logits.scalar_type()), mean = new_values(logits.scalar_type());
   const Tensor top1 = new_values(ScalarType::Bool), squares = new_values(logits.scalar_type());
   const RowStatisticsParams params{logits.const_data_ptr(),
+                                   logits.stride(0),
                                    dtype,
                                    rows,
                                    logits.size(1),
                                    static_cast<const int64_t*>(targets.const_data_ptr()),
+                                   data_or_null(row_max),
                                    entropy.mutable_data_ptr(),
                                    mean.mutable_data_ptr(),
                                    static_cast<bool*>(top1.mutable_data_ptr()),

@@ -33,10 +33,15 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "ignore_index, bool shift, Tensor(a!) out) -> ()");
 
   // logits [R, V] float32 or float64, targets [R] int64 -> entropy [R], mean of the logits [R],
-  // is_top1 [R] bool, log of the sum of squared probabilities [R]; without gradient
+  // is_top1 [R] bool, log of the sum of squared probabilities [R]; without gradient. row_max [R]:
+  // the largest logits, where they are known
   m.def(
-      "row_statistics(Tensor logits, Tensor targets) -> (Tensor entropy, Tensor mean_logits, "
-      "Tensor is_top1, Tensor log_sum_sq_probs)");
+      "row_statistics(Tensor logits, Tensor targets, Tensor? row_max=None) -> (Tensor entropy, "
+      "Tensor mean_logits, Tensor is_top1, Tensor log_sum_sq_probs)");
+
+  // values *= factor [], float32 (float64 for float64 values), on CUDA: read there, and where it is
+  // 1 the values are left alone
+  m.def("scale_(Tensor(a!) values, Tensor factor) -> ()");
 
   // The lm_head on the CPU, float32 sums whatever the inputs. R rows, H hidden.
   // out [R, V] float32 = rows [R, H] weight [V, H]^T

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast_dpo.logprobs.chunks import LinearLogps, Plan, refuse_second
+from pyfast_dpo.logprobs.chunks import LinearLogps, refuse_second
 from pyfast_dpo.logprobs.linear_checks import (
     checked_head,
     completion_rows,
@@ -25,6 +25,7 @@ from pyfast_dpo.logprobs.linear_checks import (
     under_autocast,
 )
 from pyfast_dpo.logprobs.logits import token_logps
+from pyfast_dpo.logprobs.plan import Plan
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.ops import operators
 from pyfast_dpo.ops.dtypes import LOGITS_DTYPES

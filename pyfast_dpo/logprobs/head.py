@@ -10,17 +10,6 @@ from torch import Tensor
 
 from pyfast_dpo.ops import operators
 
-# Vocabulary entries of the weight's gradient at a time on CUDA: bounds its extra memory. (TILE of scores.py
-# fixes an order of sums, and may change without this one.)
-GRADIENT_TILE = 8192
-
-
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """left right of half matrices, in float32 without rounding; what tests call on the CPU is the same."""
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
-
 
 class Head(NamedTuple):
     """logits = softcap * tanh(logit_scale * (x W^T + bias) / softcap); softcap None: no tanh."""
@@ -29,11 +18,6 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     logit_scale: float
     softcap: float | None
-
-    @property
-    def plain(self) -> bool:
-        """Nothing happens to x W^T + bias."""
-        return self.softcap is None and self.logit_scale == 1.0
 
     @classmethod
     def of(
@@ -53,15 +37,17 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight[tile], bias=bias)
 
     def logits(self, rows: Tensor, buffer: LogitsBuffer) -> Tensor:
-        """`[r, H]` -> `[r, V]` float32 (float64 for float64): never rounded to the inputs' dtype. The next
-        call may overwrite them."""
+        """On the CPU: `[r, H]` -> `[r, V]` float32 (float64 for float64), never rounded to the inputs' dtype. The
+        next call may overwrite them."""
         if rows.dtype == torch.float64:
             z = rows @ self.weight.T
-        elif rows.is_cuda:
-            z = wide_product(rows, self.weight.T)
         else:
             z = buffer.view(rows.shape[0], self.weight.shape[0], rows.device)
             operators.head_logits_(z, rows, self.weight)
+        return self.activate(z)
+
+    def activate(self, z: Tensor) -> Tensor:
+        """The logits from x W^T, in its memory."""
         if self.bias is not None:
             z += self.bias
         if self.logit_scale != 1.0:
@@ -79,11 +65,9 @@ class Head(NamedTuple):
         return gradient
 
     def gradient_of_rows(self, gradient: Tensor) -> Tensor:
-        """`[r, V]` float32, or of the weight's half dtype (on the CPU bfloat16) -> `[r, H]` float32: gradient W."""
+        """On the CPU: `[r, V]` float32 or bfloat16 -> `[r, H]` float32, gradient W."""
         if gradient.dtype == torch.float64:
             return gradient @ self.weight
-        if gradient.is_cuda:
-            return wide_product(gradient.to(self.weight.dtype), self.weight)
         return operators.head_grad_rows(gradient, self.weight)
 
 
@@ -101,7 +85,7 @@ class LogitsBuffer:
 
 
 class WeightGradient:
-    """Sum of gradient^T rows over the parts of R rows in all, in float32 until the last part; then in `dtype`,
+    """On the CPU: the sum of gradient^T rows over the parts of R rows in all, in float32 until the last part; then in `dtype`,
     that of the parameter, which under autocast is not that of the products."""
 
     def __init__(self, weight: Tensor, rows: int, dtype: torch.dtype) -> None:
@@ -110,12 +94,10 @@ class WeightGradient:
         self.result: Tensor | None = None  # of the parameter's dtype: what the last part writes
         self.accumulate = False
         self.spare: LogitsBuffer | None = None  # while the total's memory is lent to logits
-        # On CUDA: parts that wait for their product.
-        self.gathered: list[tuple[Tensor, Tensor]] = []
 
     def lent_rows(self, max_rows: int) -> int:
         """The most rows for `lend`; `max_rows` logits of rows bound what `add` must copy then."""
-        if self.weight.device.type != "cpu" or not self.weight.dtype == self.dtype == torch.float32:
+        if not self.weight.dtype == self.dtype == torch.float32:
             return 0
         width = self.weight.shape[1]
         return min(width, math.isqrt(max_rows * width))
@@ -139,8 +121,6 @@ class WeightGradient:
         if self.weight.dtype == torch.float64:
             if self.total is None:
                 self.total = torch.zeros_like(self.weight)
-        elif self.weight.is_cuda:
-            pass  # the products are made when parts have been gathered
         elif self.remaining == 0 and self.dtype == self.weight.dtype != torch.float32:
             self.result = self._empty(self.weight.dtype)
         elif self.total is None:
@@ -160,47 +140,14 @@ class WeightGradient:
             for part, out in ((gradient[:, :border], total[:border]), (others, total[border:])):
                 operators.head_grad_weight_(out, part, rows, False, None)
             self.spare = None
-        elif self.weight.is_cuda:
-            self.gather(gradient.to(rows.dtype), rows, tile)
         elif self.result is not None:
             operators.head_grad_weight_(self.result[tile], gradient, rows, False, total)
         else:
             operators.head_grad_weight_(total, gradient, rows, self.accumulate, None)
 
-    def gather(self, gradient: Tensor, rows: Tensor, tile: slice) -> None:
-        """Keeps the gradients of parts until they take as much memory as a float32 total would, for one product
-        of all their rows: to read and write the total for every part takes longer than the product."""
-        if gradient.shape[1] < self.weight.shape[0]:  # a tile, of all rows that are left
-            if self.total is None:
-                self.total = torch.zeros_like(self.weight, dtype=torch.float32)
-            self.total[tile] += wide_product(gradient.T, rows)
-            return
-        self.gathered.append((gradient, rows))
-        kept = sum(states.shape[0] for _, states in self.gathered) * rows.element_size()
-        if self.remaining > 0 and kept >= 4 * rows.shape[1]:
-            self._multiply_gathered(torch.float32)
-
-    def _multiply_gathered(self, dtype: torch.dtype) -> None:
-        """Total, in that dtype, = total so far + the product of what has been gathered."""
-        gradients, states = zip(*self.gathered, strict=True)
-        self.gathered = []
-        joined, before = torch.cat(states), self.total
-        out = before
-        if out is None or out.dtype != dtype:
-            out = torch.empty_like(self.weight, dtype=dtype)
-        for first in range(0, self.weight.shape[0], GRADIENT_TILE):
-            tile = slice(first, first + GRADIENT_TILE)
-            product = wide_product(torch.cat([part[:, tile] for part in gradients]).T, joined)
-            if before is not None:
-                product += before[tile]
-            out[tile] = product
-        self.total = out
-
     def finish(self) -> Tensor:
         if self.result is not None:
             return self.result
-        if self.gathered:
-            self._multiply_gathered(self.dtype)
         if self.total is None:
             return torch.zeros_like(self.weight, dtype=self.dtype)
         return self.total.to(self.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo.logprobs import oracle
-from pyfast_dpo.logprobs.chunks import LinearLogps, LinearLoss, LossFunction, LossOptions, Plan
+from pyfast_dpo.logprobs.chunks import LinearLogps, LinearLoss
 from pyfast_dpo.logprobs.head import Head
 from pyfast_dpo.logprobs.linear_checks import (
     check_labels_or_rows,
@@ -25,9 +25,11 @@ from pyfast_dpo.logprobs.linear_checks import (
     rows_in_budget,
     under_autocast,
 )
+from pyfast_dpo.logprobs.plan import Plan
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.logprobs.scores import sums_of_sequences
 from pyfast_dpo.logprobs.statistics import LinearStatistics, torch_row_statistics
+from pyfast_dpo.logprobs.unit_losses import LossFunction, LossOptions
 from pyfast_dpo.ops.checks import check_number
 from pyfast_dpo.ops.dispatch import Impl, use_kernels_for
 from pyfast_dpo.ops.dtypes import statistics_dtype
@@ -67,10 +69,12 @@ def linear_token_logps(
         rows: which hidden states score which tokens; then nothing waits for the device, and `shift` and
             `ignore_index` have no meaning.
         logit_scale, softcap: what the model does to its logits; softcap None: nothing.
-        max_chunk_bytes: bound of the memory for float32 logits; None: 64 MiB, on CUDA 256 MiB. For a loss with
+        max_chunk_bytes: bound of the memory for float32 logits; None: 64 MiB, on CUDA 512 MiB. For a loss with
             a trainable head on the CPU it bounds what a float32 weight's gradient, whose memory holds logits
             until it is computed, must have beside it; with a bfloat16 head it bounds the gradients of the
-            logits that wait for the loss, and half as much is for logits.
+            logits that wait for the loss, and half as much is for logits. On CUDA those wait beside it, in the
+            dtype of the weight: as many rows as take the memory of a float32 gradient of the weight, or one
+            unit of the loss if that is larger.
         validate, impl: as in `token_logps`.
 
     Returns:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo.logprobs.head import Head, LogitsBuffer, WeightGradient, add_rows
+from pyfast_dpo.logprobs.statistics import LinearStatistics, row_statistics
 from pyfast_dpo.ops import operators
 from pyfast_dpo.ops.dtypes import statistics_dtype
 
@@ -34,46 +35,50 @@ class Scored(NamedTuple):
 
 def score(states: Tensor, targets: Tensor, head: Head, buffer: LogitsBuffer) -> Scored:
     """The logits are valid until the next call with this buffer."""
-    logits = head.logits(states, buffer)
+    return score_logits(head.logits(states, buffer), targets)
+
+
+def score_logits(logits: Tensor, targets: Tensor) -> Scored:
     _, tokens, row_max, row_sum, _ = operators.seq_logp(
         logits.unsqueeze(0), targets.unsqueeze(0), NONE_IGNORED, False, False, False
     )
     return Scored(logits, targets, Statistics(tokens[0], row_max[0], row_sum[0]))
 
 
+def statistics_of(scored: Scored) -> LinearStatistics:
+    return row_statistics(scored.logits, scored.targets, scored.statistics.row_max)
+
+
 def keeps_gradients(head: Head, wanted: tuple[bool, bool, bool]) -> bool:
     """Whether the gradients of the logits wait for the loss in bfloat16, at half the logits' memory: the CPU's
     products of a bfloat16 head round them so anyway. With a frozen head nothing waits but a factor a row."""
-    weight = head.weight
     return (
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and head.softcap is None
-        and wanted[1]
-        and not wanted[2]
-    )
-
-
-def keep_gradient_of_logits(scored: Scored, out: Tensor) -> None:
-    """Writes d log-prob / d logits to out `[r, V]`, for a head without soft-cap."""
-    operators.seq_logp_backward_out(
-        *_backward_arguments(scored, torch.ones_like(scored.statistics.tokens)), out.unsqueeze(0)
+        head.weight.dtype == torch.bfloat16 and head.softcap is None and wanted[1] and not wanted[2]
     )
 
 
 def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
-    """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias), in the dtype that the products take:
-    a half weight's on CUDA, else that of the logits, which it overwrites if it can."""
-    logits, arguments = scored.logits, _backward_arguments(scored, coefficients)
-    if head.plain and logits.is_cuda and head.weight.dtype != logits.dtype:
-        # Read 4 bytes an element, write 2: no pass of its own that rounds.
-        return operators.seq_logp_backward(*arguments, out_dtype=head.weight.dtype)[0]
+    """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias), in the dtype of the logits, which it
+    overwrites if it can."""
+    arguments = _backward_arguments(scored, coefficients)
     if head.softcap is None:
         operators.seq_logp_backward_(*arguments)
         return head.backward_through_activation(scored.logits, scored.logits)
     return head.backward_through_activation(
         operators.seq_logp_backward(*arguments)[0], scored.logits
     )
+
+
+def write_gradient(scored: Scored, coefficients: Tensor, head: Head, out: Tensor) -> None:
+    """The same, rounded once to the dtype of out `[r, V]`: without a soft-cap in one pass, which reads the logits and
+    writes it."""
+    if head.softcap is None:
+        if head.logit_scale != 1.0:
+            coefficients = coefficients * head.logit_scale
+        arguments = _backward_arguments(scored, coefficients)
+        operators.seq_logp_backward_out(*arguments, out.unsqueeze(0))
+    else:
+        out.copy_(gradient_of_logits(scored, coefficients, head))
 
 
 def _backward_arguments(scored: Scored, coefficients: Tensor) -> tuple[Any, ...]:
@@ -147,7 +152,7 @@ class Gradients:
     def add_kept(self, kept: Tensor, coefficients: Tensor, states: Tensor, index: Tensor) -> None:
         """From d log-prob / d logits `[r, V]` of rows whose coefficients are known now. For the weight the
         coefficients are multiplied into the states, which are few, and rounded once more."""
-        factors = (coefficients * self.head.logit_scale).unsqueeze(1)
+        factors = coefficients.unsqueeze(1)
         if self.weight is not None:
             self.weight.start(states.shape[0])
             whole = slice(0, kept.shape[1])

@@ -23,9 +23,12 @@ class LinearStatistics(NamedTuple):
     log_sum_sq_probs: Tensor  # [R] log of the sum of p^2 (WPO, Zhou et al. 2024, eq. 5)
 
 
-def row_statistics(logits: Tensor, targets: Tensor) -> LinearStatistics:
-    """Of logits `[R, V]`, float32 or float64, by the kernels. A target outside [0, V) is never a hit."""
-    return LinearStatistics(*operators.row_statistics(logits, targets))
+def row_statistics(
+    logits: Tensor, targets: Tensor, row_max: Tensor | None = None
+) -> LinearStatistics:
+    """Of logits `[R, V]`, float32 or float64, by the kernels. A target outside [0, V) is never a hit. With
+    `row_max` `[R]`, the largest logits, a GPU reads the logits once and not twice."""
+    return LinearStatistics(*operators.row_statistics(logits, targets, row_max))
 
 
 def torch_row_statistics(logits: Tensor, targets: Tensor) -> LinearStatistics:

@@ -8,13 +8,15 @@ of `Shard(0)` placement through `weight.to_local()`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyfast_dpo.logprobs.chunks import Plan, refuse_second
+from pyfast_dpo.logprobs.chunks import refuse_second
+from pyfast_dpo.logprobs.gpu_head import GpuHead, rows_that_wait
 from pyfast_dpo.logprobs.head import Head, add_rows
 from pyfast_dpo.logprobs.linear_checks import (
     check_labels_or_rows,
@@ -22,10 +24,21 @@ from pyfast_dpo.logprobs.linear_checks import (
     completion_rows,
     rows_in_budget,
 )
+from pyfast_dpo.logprobs.plan import Plan
 from pyfast_dpo.logprobs.rows import CompletionRows
-from pyfast_dpo.logprobs.scores import Gradients, Statistics, score, sums_of_sequences
+from pyfast_dpo.logprobs.scores import (
+    Gradients,
+    Statistics,
+    gradient_of_tile,
+    score_logits,
+    sums_of_sequences,
+)
+from pyfast_dpo.ops import dispatch
 from pyfast_dpo.ops.dispatch import use_kernels_for
 from pyfast_dpo.ops.dtypes import statistics_dtype
+
+Wanted = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+NOTHING: Wanted = (False, False, False)
 
 
 def vocab_parallel_token_logps(
@@ -142,11 +155,14 @@ class VocabParallelLogps(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         head, rows = Head(weight, bias, *activation), plan.rows
-        targets, buffer = rows.targets - vocab_start, plan.buffer(weight.shape[0])
-        parts = [
-            _of_shard(hidden.index_select(0, rows.index[piece]), targets[piece], head, buffer)
-            for piece in plan.pieces(rows.index.shape[0])
-        ]
+        targets = rows.targets - vocab_start
+        if dispatch.on_gpu(hidden):
+            count = rows.index.shape[0]
+            gpu_head = GpuHead(hidden, head, plan.max_rows, NOTHING, weight.dtype, count, count)
+            pieces = gpu_head.pieces(rows.index)
+        else:
+            pieces = _pieces(hidden, head, plan)
+        parts = [_of_shard(logits, targets[piece]) for piece, logits in pieces]
         wide = statistics_dtype(hidden.dtype)
         own = torch.cat(parts, 1) if parts else hidden.new_empty((4, 0), dtype=wide)
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -167,36 +183,85 @@ class VocabParallelLogps(torch.autograd.Function):
     def gradients(ctx: Any, grad_tokens: Tensor, *saved: Tensor) -> list[Tensor | None]:
         hidden, weight, bias, *known = saved
         activation, plan, vocab_start, group = ctx.options
-        rows, head = plan.rows, Head(weight, bias, *activation)
-        gradients = Gradients(
-            hidden, head, ctx.needs_input_grad[:3], rows.index.shape[0], weight.dtype
-        )
-        of_rows = torch.zeros(
-            (rows.index.shape[0], hidden.shape[1]), dtype=grad_tokens.dtype, device=hidden.device
-        )
-        for part in plan.parts(rows.index.shape[0], weight.shape[0]):
-            partial = gradients.add_by_tiles(
-                hidden.index_select(0, rows.index[part]),
-                rows.targets[part] - vocab_start,
-                Statistics(*(values[part] for values in known)),
-                grad_tokens[part],
-                plan.buffer(weight.shape[0]),
-            )
-            if partial is not None:
-                of_rows[part] = partial
-        if gradients.hidden is not None:
+        rows, head, wanted = plan.rows, Head(weight, bias, *activation), ctx.needs_input_grad[:3]
+        targets, statistics = rows.targets - vocab_start, Statistics(*known)
+        compute = _gradients_on_gpu if dispatch.on_gpu(hidden) else _gradients_by_tiles
+        of_rows, gradients = compute(hidden, head, wanted, plan, targets, statistics, grad_tokens)
+        if wanted[0]:
             # Once, in float32: parts may be cut differently on other ranks.
             dist.all_reduce(of_rows, group=group)
-            add_rows(gradients.hidden, rows.index, of_rows)
-        return list(gradients.finish())
+            of_hidden = torch.zeros_like(hidden)
+            add_rows(of_hidden, rows.index, of_rows)
+            gradients[0] = of_hidden
+        return gradients
 
 
-def _of_shard(states: Tensor, targets: Tensor, head: Head, buffer: Any) -> Tensor:
+def _pieces(hidden: Tensor, head: Head, plan: Plan) -> Iterator[tuple[slice, Tensor]]:
+    buffer, index = plan.buffer(head.weight.shape[0]), plan.rows.index
+    for piece in plan.pieces(index.shape[0]):
+        yield piece, head.logits(hidden.index_select(0, index[piece]), buffer)
+
+
+def _gradients_by_tiles(
+    hidden: Tensor,
+    head: Head,
+    wanted: Wanted,
+    plan: Plan,
+    targets: Tensor,
+    statistics: Statistics,
+    coefficients: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """This rank's share of the rows' gradients `[R, H]`; those of weight and bias, after a place for hidden's."""
+    index, buffer = plan.rows.index, plan.buffer(head.weight.shape[0])
+    gradients = Gradients(hidden, head, wanted, index.shape[0], head.weight.dtype)
+    of_rows = coefficients.new_zeros((index.shape[0], hidden.shape[1]))
+    for part in plan.parts(index.shape[0], head.weight.shape[0]):
+        partial = gradients.add_by_tiles(
+            hidden.index_select(0, index[part]),
+            targets[part],
+            Statistics(*(values[part] for values in statistics)),
+            coefficients[part],
+            buffer,
+        )
+        if partial is not None:
+            of_rows[part] = partial
+    return of_rows, list(gradients.finish())
+
+
+def _gradients_on_gpu(
+    hidden: Tensor,
+    head: Head,
+    wanted: Wanted,
+    plan: Plan,
+    targets: Tensor,
+    statistics: Statistics,
+    coefficients: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The same in few large products."""
+    index, waiting = plan.rows.index, rows_that_wait(head)
+    count, dtype = index.shape[0], head.weight.dtype
+    gpu_head = GpuHead(hidden, head, plan.max_rows, wanted, dtype, count, waiting)
+    of_rows = [coefficients.new_empty((0, hidden.shape[1]))]
+    for first in range(0, count, waiting):
+        own = index[first : first + waiting]
+        for piece, logits in gpu_head.pieces(own):
+            part = slice(first + piece.start, first + piece.stop)
+            known = Statistics(*(values[part] for values in statistics))
+            gpu_head.keep_gradient(
+                gradient_of_tile(logits, 0, targets[part], known, coefficients[part], head)
+            )
+        if wanted[0]:
+            of_rows.append(gpu_head.take_rows())
+        gpu_head.add_to_head(own)
+    return torch.cat(of_rows), list(gpu_head.finish())
+
+
+def _of_shard(logits: Tensor, targets: Tensor) -> Tensor:
     """`[4, r]`: maximum; sum of exp(z - maximum) without the target; the target's logit; 1 where it is here."""
-    vocab = head.weight.shape[0]
+    vocab = logits.shape[1]
     here = (targets >= 0) & (targets < vocab)
     column = targets.where(here, 0)
-    logits, _, known = score(states, column, head, buffer)
+    known = score_logits(logits, column).statistics
     # NaN survives amax; a part of the vocabulary may be impossible, which alone would be no distribution.
     top = logits.amax(1)
     # row_sum (1 - p), without cancellation.

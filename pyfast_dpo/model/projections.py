@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from pyfast_dpo.layout.attention import takes_shared_prompts
 from pyfast_dpo.layout.batches import Batch, completion_rows, model_inputs
-from pyfast_dpo.logprobs.chunks import LossFunction
 from pyfast_dpo.logprobs.head import Head
 from pyfast_dpo.logprobs.linear import FusedLinearLoss, fused_linear_loss, linear_token_logps
 from pyfast_dpo.logprobs.logits import token_logps
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.logprobs.scores import sums_of_sequences
 from pyfast_dpo.logprobs.statistics import torch_row_statistics
+from pyfast_dpo.logprobs.unit_losses import LossFunction
 from pyfast_dpo.model.causal_lm import body_of, causal_lm_of, head_of
 
 RouterLogits = tuple[Tensor, ...]  # of every layer, [tokens, experts]

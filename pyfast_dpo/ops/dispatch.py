@@ -23,3 +23,9 @@ def use_kernels_for(function: str, impl: Impl, like: Tensor) -> bool:
             "use impl='auto' or impl='torch'"
         )
     return available
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether work on the tensor is cut for a GPU: few large products, and nothing that waits for the device. The
+    one place that says so, since what a GPU would do is counted where there is none."""
+    return tensor.is_cuda

@@ -32,6 +32,7 @@ unpaired_loss = _namespace.unpaired_loss
 policy_loss = _namespace.policy_loss
 gae = _namespace.gae
 row_statistics = _namespace.row_statistics
+scale_ = _namespace.scale_
 head_logits_ = _namespace.head_logits_
 head_grad_rows = _namespace.head_grad_rows
 head_grad_weight_ = _namespace.head_grad_weight_
@@ -233,9 +234,14 @@ torch.library.register_autograd(
 
 
 @torch.library.register_fake("pyfast_dpo::row_statistics")
-def _(logits, targets):
+def _(logits, targets, row_max=None):
     entropy, mean, log_sum_sq = (logits.new_empty((logits.shape[0],)) for _ in range(3))
     return entropy, mean, logits.new_empty((logits.shape[0],), dtype=torch.bool), log_sum_sq
+
+
+@torch.library.register_fake("pyfast_dpo::scale_")
+def _(values, factor):
+    return None
 
 
 # --- the lm_head on the CPU: building blocks of pyfast_dpo.logprobs.linear, which has their gradients --------

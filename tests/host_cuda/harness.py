@@ -124,8 +124,9 @@ class UnpairedLossParams(ctypes.Structure):
 
 
 class RowStatisticsParams(ctypes.Structure):
-    _fields_ = [("logits", _PTR), ("dtype", _INT), ("rows", _I64), ("vocab", _I64)]
-    _fields_ += [(n, _PTR) for n in ("targets", "entropy", "mean_logits")]
+    _fields_ = [("logits", _PTR), ("row_stride", _I64), ("dtype", _INT), ("rows", _I64)]
+    _fields_ += [("vocab", _I64)]
+    _fields_ += [(n, _PTR) for n in ("targets", "row_max", "entropy", "mean_logits")]
     _fields_ += [(n, _PTR) for n in ("is_top1", "log_sum_sq_probs")]
 
 
@@ -152,6 +153,10 @@ class GaeParams(ctypes.Structure):
     _fields_ += [(n, ctypes.c_double) for n in ("gamma", "lam")]
     _fields_ += [(n, _PTR) for n in ("rewards", "values", "last_values", "dones", "mask")]
     _fields_ += [("advantages", _PTR)]
+
+
+class ScaleParams(ctypes.Structure):
+    _fields_ = [("dtype", _INT), ("count", _I64), ("values", _PTR), ("factor", _PTR)]
 
 
 class KernelError(RuntimeError):
@@ -319,17 +324,21 @@ class HostCuda:
         self.call("seq_logp_backward", params)
         return out
 
-    def row_statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def row_statistics(
+        self, logits: Tensor, targets: Tensor, row_max: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """entropy, mean_logits, is_top1, log_sum_sq_probs `[R]` of logits `[R, V]`."""
         rows, vocab = logits.shape
         is_top1 = self.copy(torch.zeros(rows, dtype=torch.bool))
         entropy, mean, log_sum_sq = (self.full((rows,), logits.dtype) for _ in range(3))
         params = RowStatisticsParams(
             logits=logits.data_ptr(),
+            row_stride=logits.stride(0),
             dtype=DTYPES.index(logits.dtype),
             rows=rows,
             vocab=vocab,
             targets=targets.data_ptr(),
+            row_max=None if row_max is None else row_max.data_ptr(),
             entropy=entropy.data_ptr(),
             mean_logits=mean.data_ptr(),
             is_top1=is_top1.data_ptr(),
@@ -337,6 +346,15 @@ class HostCuda:
         )
         self.call("row_statistics", params)
         return entropy, mean, is_top1, log_sum_sq
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        params = ScaleParams(
+            dtype=DTYPES.index(values.dtype),
+            count=values.numel(),
+            values=values.data_ptr(),
+            factor=factor.data_ptr(),
+        )
+        self.call("scale", params)
 
     def _row_labels(
         self, logits: Tensor, labels: Tensor, shift: bool, ignore_index: int

@@ -18,6 +18,7 @@ void pfd_sizes(int64_t* sizes) {
   sizes[4] = sizeof(RowStatisticsParams);
   sizes[5] = sizeof(PolicyLossParams);
   sizes[6] = sizeof(GaeParams);
+  sizes[7] = sizeof(ScaleParams);
 }
 
 int pfd_pair_loss_index(const char* name) { return PairLosses::index_of(name); }
@@ -50,6 +51,7 @@ int pfd_gae(const GaeParams* params) { return cuda::gae(*params, nullptr); }
 int pfd_row_statistics(const RowStatisticsParams* params) {
   return cuda::row_statistics(*params, nullptr);
 }
+int pfd_scale(const ScaleParams* params) { return cuda::scale(*params, nullptr); }
 const char* pfd_error_string(int code) { return cuda::error_string(code); }
 
 void pfd_set_order(int order, uint64_t seed) {

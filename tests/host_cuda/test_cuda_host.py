@@ -408,6 +408,20 @@ def test_long_sequence_keeps_its_digits(cuda: HostCuda) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("count", [0, 5, 4096, 3 * 4096 + 7])
+def test_scale_rounds_once_and_leaves_values_alone_where_the_factor_is_1(
+    cuda: HostCuda, count: int, dtype: torch.dtype
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    source = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+    for factor in (1.0, 0.3, 0.0, math.inf):
+        values = cuda.copy(source)
+        cuda.scale(values, cuda.copy(torch.tensor([factor], dtype=wide)))
+        expected = (source.to(wide) * factor).to(dtype)
+        assert torch.equal(bits(values), bits(expected)), factor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
     "shape", [(2, 2, 9001), (1, 70, 600), (1, 2, 41001)], ids=str
 )  # a row a block; two; blocks a row

@@ -49,7 +49,7 @@ def test_stand_in_catches(library: HostCuda, fault: str, order: str) -> None:
 
 
 def test_mirror_of_the_parameters(library: HostCuda) -> None:
-    sizes = (ctypes.c_int64 * 7)()
+    sizes = (ctypes.c_int64 * 8)()
     library.lib.pfd_sizes(sizes)
     mirrors = (
         harness.SeqLogpParams,
@@ -59,6 +59,7 @@ def test_mirror_of_the_parameters(library: HostCuda) -> None:
         harness.RowStatisticsParams,
         harness.PolicyLossParams,
         harness.GaeParams,
+        harness.ScaleParams,
     )
     assert [*sizes] == [ctypes.sizeof(mirror) for mirror in mirrors]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyfast_dpo import CompletionRows, fused_linear_dpo_loss, fused_linear_loss
 from pyfast_dpo.logprobs import chunks
-from pyfast_dpo.logprobs.chunks import Plan
+from pyfast_dpo.logprobs.plan import Plan
 
 # Scored tokens of pairs (chosen and rejected together), rows in the budget, rows in lent memory, the chunks in
 # the order of their computation as (first pair, pair behind the last, lent).

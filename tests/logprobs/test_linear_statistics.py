@@ -22,9 +22,15 @@ Compute = Callable[[Tensor, Tensor], LinearStatistics]
 def on_the_stand_in() -> Compute:
     cuda = HostCuda(harness.build())
 
-    def compute(logits: Tensor, targets: Tensor) -> LinearStatistics:
-        inputs = cuda.copy(logits), cuda.copy(targets)
-        return LinearStatistics(*cuda.row_statistics(*inputs))
+    def compute(logits: Tensor, targets: Tensor, row_max: Tensor | None = None) -> LinearStatistics:
+        known = None if row_max is None else cuda.copy(row_max)
+        gap = logits.stride(0) - logits.shape[1] if logits.numel() else 0
+        own = (
+            cuda.rows(logits.unsqueeze(0), logits.dtype, row_gap=gap)[0]
+            if gap
+            else cuda.copy(logits)
+        )
+        return LinearStatistics(*cuda.row_statistics(own, cuda.copy(targets), known))
 
     return compute
 
@@ -113,10 +119,35 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_threads():
     assert torch.equal(bits(together.entropy), bits(other.entropy))
 
 
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+@pytest.mark.parametrize("vocab", [7, 4099])
+def test_known_maxima_and_rows_apart_change_no_bit(compute, vocab, dtype):
+    """What lies between the rows, NaN here, is not read."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, vocab, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, vocab, (5,), generator=generator)
+    expected = compute(logits, targets)
+    for gap in (1, 5):
+        apart = torch.full((5, vocab + gap), torch.nan, dtype=dtype)
+        apart[:, :vocab] = logits
+        for known in (None, logits.amax(1)):
+            for ours, plain in zip(
+                compute(apart[:, :vocab], targets, known), expected, strict=True
+            ):
+                same = torch.equal if ours.dtype == torch.bool else _same_bits
+                assert same(ours.cpu(), plain.cpu()), (gap, known)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
 def test_it_is_a_proper_operator(dtype):
     arguments = torch.randn(3, 5, dtype=dtype), torch.tensor([0, 4, 2])
     torch.library.opcheck(torch.ops.pyfast_dpo.row_statistics, arguments)
+    known = arguments[0].amax(1)
+    torch.library.opcheck(torch.ops.pyfast_dpo.row_statistics, (*arguments, known))
 
 
 @pytest.mark.parametrize(
