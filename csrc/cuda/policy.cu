@@ -43,7 +43,7 @@ __device__ __forceinline__ Sums everywhere(Sums sums) {
 }
 
 template <class Loss, class S>
-__global__ void __launch_bounds__(kThreads) policy_kernel(PolicyLossParams p) {
+__global__ void __launch_bounds__(kThreads, 1) policy_kernel(PolicyLossParams p) {
   S* coefficients = static_cast<S*>(p.coefficients);
   for (int64_t sequence = blockIdx.x; sequence < p.sequences; sequence += gridDim.x) {
     const Range range = tokens_of(p, sequence);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) policy_kernel(PolicyLossParams p) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) gae_kernel(GaeParams p) {
+__global__ void __launch_bounds__(kThreads, 1) gae_kernel(GaeParams p) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < p.batch; row += stride) {
     gae_of_row<S>(p, row);

@@ -78,7 +78,8 @@ __device__ __forceinline__ void for_each_of_thread(const S* z, int64_t vocab, co
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) row_statistics_kernel(RowStatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
+    row_statistics_kernel(RowStatisticsParams p) {
   S* shared_peak = reinterpret_cast<S*>(block_scratch);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const S* z = static_cast<const S*>(p.logits) + row * p.row_stride;

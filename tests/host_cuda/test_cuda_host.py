@@ -9,6 +9,7 @@ import pytest
 import torch
 from host_cuda import harness
 from host_cuda.harness import DTYPES, HostCuda, KernelError
+from host_cuda.policy_call import call_policy_loss
 from host_cuda.truth import (
     HALVES,
     INF,
@@ -24,6 +25,8 @@ from host_cuda.truth import (
     true_token_logps,
 )
 from torch import Tensor
+
+from pyfast_dpo.losses.policy_table import check_policy_options
 
 
 def name_of(value: object) -> str | None:
@@ -475,6 +478,12 @@ BARRIERS = [
 def test_no_barrier_could_be_left_out(library: HostCuda, file: str, line: int) -> None:
     """With any one barrier of the kernels missing, some order of the threads gives another result."""
     values, labels = random_rows(70, 1, 600)  # more rows and sequences than blocks
+    counts = torch.tensor([130, 3] * 35)
+    tokens = library.copy(-torch.rand(int(counts.sum())))
+    given = dict.fromkeys(("logps", "reference", "correction"), tokens)
+    given |= {"old": library.copy(tokens.roll(1)), "advantages": library.copy(torch.randn(70))}
+    mask = library.empty(len(tokens), torch.bool).fill_(True)
+    term = check_policy_options("test", "grpo", "sequence", beta=0.1)
 
     def results() -> list[Tensor]:
         logits = library.rows(values, torch.float32)
@@ -482,7 +491,9 @@ def test_no_barrier_could_be_left_out(library: HostCuda, file: str, line: int) -
         ones = torch.ones(70)
         grad = library.seq_logp_backward(logits, labels, scores, ones, out=logits.clone())
         entropy, *_ = library.row_statistics(library.copy(logits[:, 0]), library.copy(labels[:, 0]))
-        return [bits(tensor) for tensor in (*scores, grad, entropy)]
+        policy = call_policy_loss(library, given, mask, counts, term)
+        policy.pop("clipped")
+        return [bits(tensor) for tensor in (*scores, grad, entropy, *policy.values())]
 
     library.set_order("forward")
     expected = results()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from host_cuda import harness
 from host_cuda.harness import DTYPES, HostCuda, KernelError
+from host_cuda.policy_call import call_policy_loss
 from torch import Tensor
 
 from pyfast_dpo import gae
@@ -51,30 +52,7 @@ def test_policy_losses(
     }  # fmt: skip
     given = {key: cuda.copy(value.to(dtype)) for key, value in inputs.items()}
     mask = cuda.empty(tokens, torch.bool).copy_(draw(tokens, 5) > -1)
-    offsets = cuda.copy(torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
-    out = {
-        key: cuda.full((tokens,), dtype) for key in ("token_losses", "coefficients", "kl", "ratios")
-    }
-    out["sequence_losses"] = cuda.full((sequences,), dtype)
-    clipped = cuda.empty(tokens, torch.int8)
-    params = harness.PolicyLossParams(
-        dtype=DTYPES.index(dtype),
-        loss=cuda.lib.pfd_policy_loss_index(term.spec.formula.encode()),
-        tokens=tokens,
-        sequences=sequences,
-        options=harness.PolicyOptions(*term[2:11]),
-        sequence_level=term.sequence_level,
-        sequence_means=term.spec.sequence_means,
-        advantage_per_token=False,
-        beta=term.beta,
-        kl_estimator=KL_ESTIMATORS.index(term.kl_estimator),
-        kl_with_ratio=term.kl_with_ratio,
-        mask=mask.data_ptr(),
-        offsets=offsets.data_ptr(),
-        clipped=clipped.data_ptr(),
-        **{key: tensor.data_ptr() for key, tensor in {**given, **out}.items()},
-    )
-    cuda.call("policy_loss", params)
+    out = call_policy_loss(cuda, given, mask, counts, term)
 
     leaf = given["logps"].double().requires_grad_()
     rest = [given[key].double() for key in ("old", "reference", "advantages", "correction")]
@@ -90,7 +68,7 @@ def test_policy_losses(
             atol=tolerance,
             msg=lambda m, k=key: f"{k}: {m}",
         )
-    assert torch.equal(clipped, bounds)
+    assert torch.equal(out["clipped"], bounds)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

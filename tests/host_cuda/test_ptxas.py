@@ -26,7 +26,11 @@ BOUNDS = [
     (r"sequence_kernel<", 128),  # 1 block of 512
     (r"backward_kernel<double", 128),  # 2 blocks of 256
     (r"backward_kernel<", 80),  # 3 blocks of 256
-    (r"(pair|unpaired)_kernel<", 96),  # a few hundred threads in all; float64 takes up to 90
+    (
+        r"(pair|unpaired|policy|gae)_kernel<",
+        96,
+    ),  # a few hundred threads in all; float64 takes up to 90
+    (r"row_statistics_kernel<double>", 128),  # 1 block of 512
     (r"row_statistics_kernel<", 64),  # 2 blocks of 512
     (r"", 64),  # a kernel that nobody has planned for
 ]
