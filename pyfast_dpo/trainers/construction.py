@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from pyfast_dpo.data.tokenization import tokenizer_of
+from pyfast_dpo.data.templates import tokenizer_of
 from pyfast_dpo.model.causal_lm import check_causal_lm
 
 
