@@ -70,8 +70,7 @@ class PreferenceConfig(TrainingArguments):
             False: one padded row a sequence.
         padding_free: what `shared_prompt` does; there is nothing to add to it.
         max_tokens_per_batch: fill batches by this number of computed tokens (each prompt once) instead of
-            by `per_device_train_batch_size`; the loss is the mean over the examples of a batch, so fuller
-            batches give each of theirs less weight.
+            by `per_device_train_batch_size`; the loss is the mean over the examples of all batches of a step.
         pad_to_multiple_of: round the padded length of a batch up to a multiple of this; for padded batches.
             "auto": 128 on AWS Neuron, none elsewhere.
         pad_token: a token of the vocabulary that the tokenizer pads with, instead of its own.
