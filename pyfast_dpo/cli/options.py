@@ -165,7 +165,9 @@ def parse(arguments: Sequence[str]) -> tuple[CommandOptions, Config]:
     config = KTOConfig if set(losses) <= set(KTO_LOSSES) else DPOConfig
 
     kinds: Any = (CommandOptions, flags_of(config))
-    parser = HfArgumentParser(kinds, prog="pyfast-dpo train", usage=USAGE, allow_abbrev=False)
+    parser = HfArgumentParser(
+        kinds, prog="pyfast-dpo train", usage=USAGE, allow_abbrev=False, formatter_class=_Help
+    )
     names = _names(kinds)
     parser.set_defaults(**dict(_defaults(known.config, entries, names)))
     namespace, rest = parser.parse_known_args(arguments)
@@ -177,6 +179,20 @@ def parse(arguments: Sequence[str]) -> tuple[CommandOptions, Config]:
         if not getattr(command, option):
             raise ValueError(f"--{option} is needed (pyfast-dpo train --help)")
     return command, _config(config, command, given)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each flag in one spelling, its value once, no word on defaults that are none."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        value = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
+        return f"{', '.join(flags)} {value}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.nargs == 0 and action.const is False:
+            return f"the opposite of --{action.dest}"
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:

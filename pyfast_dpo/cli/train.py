@@ -25,7 +25,7 @@ INTERRUPTED = 130  # the exit status of a shell's command that Ctrl-C ended
 def run(command: CommandOptions, config: Config) -> int:
     """Trains; leaves model, checkpoints, metrics.json and curves.png in the output folder."""
     with friendly_errors():
-        checkpoint = _checkpoint(command.resume or config.resume_from_checkpoint, config.output_dir)
+        checkpoint = _checkpoint(command.resume or config.resume_from_checkpoint, config)
         trainer = _build(command, config)
     table = add_table(trainer)
     try:
@@ -135,16 +135,18 @@ def _quantization(command: CommandOptions) -> Any:
 # Going on ------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(resume: str | None, folder: str | None) -> str | None:
+def _checkpoint(resume: str | None, config: Config) -> str | None:
     """The folder to go on from, None for a new run."""
+    folder = config.output_dir
     found = whole_checkpoints(folder)
+    tell = print if config.process_index == 0 else lambda text: None
     if resume is None:
         if found:
-            print(f"{folder} holds {found[-1].name} of an earlier run; --resume goes on from there")
+            tell(f"{folder} holds {found[-1].name} of an earlier run; --resume goes on from there")
         return None
     if resume.lower() in (LATEST, "true"):
         if not found:
-            print(f"no checkpoint in {folder} yet: this run begins at the first step")
+            tell(f"no checkpoint in {folder} yet: this run begins at the first step")
         return str(found[-1]) if found else None
     lacking = what_is_lacking(Path(resume))
     if lacking is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pyfast_dpo.data.messages import Messages, UnusableRow
 from pyfast_dpo.data.rows import Text
+from pyfast_dpo.data.templates import ChatTemplate, tokenizer_of
 
 Ids = np.ndarray  # int32, one dimension: a tenth of the memory of a list of ints
 
@@ -35,9 +36,7 @@ class TextTokenizer:
 
     def __init__(self, processing_class: Any, max_length: int | None) -> None:
         self.tokenizer = tokenizer_of(processing_class)
-        self._chat_template = getattr(self.tokenizer, "chat_template", None) or getattr(
-            processing_class, "chat_template", None
-        )
+        self._template = ChatTemplate(processing_class)
         self._max_length = max_length
         self._before, after = _added_tokens(self.tokenizer)
         eos = self.tokenizer.eos_token_id
@@ -98,24 +97,9 @@ class TextTokenizer:
         self, conversations: list[Messages], options: Mapping[str, Any]
     ) -> list[Ids]:
         """The first one ready for the next turn of the assistant. The chat template writes all special tokens."""
-        texts = [self._render(conversations[0], options, ready=True)]
-        texts += [self._render(each, options) for each in conversations[1:]]
+        texts = [self._template.render(conversations[0], options, ready=True)]
+        texts += [self._template.render(each, options) for each in conversations[1:]]
         return self._encode(texts)
-
-    def _render(
-        self, messages: Messages, options: Mapping[str, Any], *, ready: bool = False
-    ) -> str:
-        if not self._chat_template:
-            raise UnusableRow(
-                "chat messages, but the tokenizer has no chat template (set tokenizer.chat_template or use rows "
-                "of plain strings)"
-            )
-        return self.tokenizer.apply_chat_template(
-            messages,
-            **{"chat_template": self._chat_template, **options},
-            tokenize=False,
-            add_generation_prompt=ready,
-        )
 
     def _encode(self, texts: list[str]) -> list[Ids]:
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -141,16 +125,14 @@ class TextTokenizer:
             end = _next_assistant(response, start)
             before, upto, ready = self._encode(
                 [
-                    self._render([*prompt, *response[:start]], options),
-                    self._render([*prompt, *response[:end]], options),
-                    self._render([*prompt, *response[:end]], options, ready=True),
+                    self._template.render([*prompt, *response[:start]], options),
+                    self._template.render([*prompt, *response[:end]], options),
+                    self._template.render([*prompt, *response[:end]], options, ready=True),
                 ]
             )
-            first = len(before)
-            if _common_prefix(before, whole) < first:
-                first = self._end_of_turn(before, whole, turn)
+            first = self._end_of_turn(before, whole, turn)
             last = _common_prefix(ready, whole)
-            if not turn <= first <= last or last < len(upto):
+            if not turn <= first <= last or last < _common_prefix(upto, ready):
                 raise UnusableRow(
                     "the chat template writes turns inside a response differently when others follow, so that the "
                     "assistant's cannot be found"
@@ -161,11 +143,18 @@ class TextTokenizer:
         return mask
 
     def _end_of_turn(self, before: Ids, whole: Ids, turn: int) -> int:
-        """Templates of reasoning models write a turn differently when it is the last. It still ends with the same
-        special token, and what the template writes after that. -1 if it does not."""
+        """Where the turn ends in `whole` with which `before` ends; -1 if that cannot be told.
+
+        It may be followed by special tokens there that stand at the end of a conversation alone. Templates of
+        reasoning models write a turn differently when it is the last: then it is told by the special token that
+        it ends with, and what the template writes after that.
+        """
         special = {*self.tokenizer.all_special_ids} | {
             number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
+        same = _common_prefix(before, whole)
+        if special.issuperset(before[same:].tolist()):
+            return same
         closing_at = max(
             (i for i, each in enumerate(before.tolist()) if each in special), default=-1
         )
@@ -177,11 +166,6 @@ class TextTokenizer:
             if ids[i : i + len(closing)] == closing:
                 return i + len(closing)
         return -1
-
-
-def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer itself, or that of a processor."""
-    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -155,19 +155,26 @@ def shared_prompt_attention(
             "shared_prompt_attention: attention_mask must be that of no_mask, got one of shape "
             f"{list(attention_mask.shape)} that the model has made"
         )
-    if query.shape[0] != 1 or query.shape[2] != shared_prompt_layout.tokens:
+    scores = Scores(scaling, dropout, sliding_window, softcap)
+    return _attend(query, key, value, shared_prompt_layout, scores), None
+
+
+@torch.compiler.disable  # lengths differ in every batch, and the kernels are ours anyway
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scores: Scores
+) -> Tensor:
+    if query.shape[0] != 1 or query.shape[2] != layout.tokens:
         raise ValueError(
-            f"shared_prompt_attention: query must be one row of {shared_prompt_layout.tokens} tokens, "
+            f"shared_prompt_attention: query must be one row of {layout.tokens} tokens, "
             f"got {list(query.shape)}"
         )
-    scores = Scores(scaling, dropout, sliding_window, softcap)
     if attention_cpu.takes(query, key, value, scores):
         attend = attention_cpu.attend_on_cpu
     elif attention_varlen.takes(query, key, scores):
         attend = attention_varlen.attend_at_once
     else:
         attend = attend_by_blocks
-    return attend(query, key, value, shared_prompt_layout, scores), None
+    return attend(query, key, value, layout, scores)
 
 
 def _original(module: Any) -> Any:

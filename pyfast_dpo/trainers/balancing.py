@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyfast_dpo.layout.batches import Batch
+from pyfast_dpo.model.causal_lm import body_of
 from pyfast_dpo.model.projections import Projection
 
 
@@ -38,24 +41,61 @@ def balancing_of(name: str, model: Any, coefficient: float | None) -> Balancing 
         coefficient: None for the model's own, `config.router_aux_loss_coef`.
 
     Raises:
-        ValueError: a coefficient for a model without experts, or whose balancing loss is not known.
+        ValueError: a coefficient is given for a model that does not show what its routers do, and how it
+            balances them.
+
+    Warns:
+        UserWarning: the model's own coefficient asks for that; then it is trained without.
     """
-    config = model.config.get_text_config()
-    has_experts = hasattr(config, "output_router_logits")
-    if coefficient and not has_experts:
-        raise ValueError(
-            f"{name}: router_aux_loss_coef must be None or 0 for {type(model).__name__}, which returns no "
-            f"router logits, got {coefficient}"
-        )
-    if coefficient is None:
-        coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    if not has_experts or not coefficient:
+    wanted = coefficient
+    if wanted is None:
+        wanted = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+    if not wanted:
         return None
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     experts, top = (getattr(model, n, None) for n in ("num_experts", "num_experts_per_tok"))
-    if function is None or experts is None or top is None:
-        raise ValueError(
-            f"{name}: router_aux_loss_coef is {coefficient}, but {type(model).__name__} does not show how it "
-            "balances its experts; set router_aux_loss_coef=0 to train without"
+    shown = _router_logits(model)
+    if shown is not None and function is not None and experts and top:
+        return Balancing(wanted, function, experts, top)
+    kind = type(model).__name__
+    if coefficient:
+        lacks = (
+            "returns no router logits"
+            if shown is None
+            else "does not show how it balances its experts"
         )
-    return Balancing(coefficient, function, experts, top)
+        raise ValueError(
+            f"{name}: router_aux_loss_coef must be None or 0 for {kind}, which {lacks}, got {coefficient}"
+        )
+    if _has_experts(model):
+        warnings.warn(
+            f"{name}: the experts of {kind} are not balanced while it is trained: its configuration asks for a "
+            f"weight of {wanted}, but it does not show what its routers do; router_aux_loss_coef=0 says that this "
+            "is meant",
+            stacklevel=3,
+        )
+    return None
+
+
+@torch.no_grad()
+def _router_logits(model: Any) -> Any:
+    """Those of a few tokens, of every layer with experts; None where the model shows none."""
+    body = body_of(model)
+    parameter = next(body.parameters())
+    if parameter.device.type == "meta":
+        return () if hasattr(model.config.get_text_config(), "output_router_logits") else None
+    tokens = torch.arange(1, 5, device=parameter.device).unsqueeze(0)
+    was_training = body.training
+    body.eval()
+    try:
+        outputs = body(input_ids=tokens, use_cache=False, output_router_logits=True)
+    except Exception:  # it does not know the keyword
+        return None
+    finally:
+        body.train(was_training)
+    shown = getattr(outputs, "router_logits", None)
+    return shown if shown and all(isinstance(layer, Tensor) for layer in shown) else None
+
+
+def _has_experts(model: Any) -> bool:
+    return any("experts" in name.split(".") for name, _ in model.named_modules())

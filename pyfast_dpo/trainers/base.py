@@ -31,7 +31,7 @@ from pyfast_dpo.trainers.callbacks import (
 )
 from pyfast_dpo.trainers.cards import CardTrainer
 from pyfast_dpo.trainers.config import PreferenceConfig
-from pyfast_dpo.trainers.construction import OptionOf, causal_lm, use_pad_token
+from pyfast_dpo.trainers.construction import OptionOf, causal_lm, checkpointing_for, use_pad_token
 from pyfast_dpo.trainers.loaders import DatasetTrainer, Rows, named_datasets
 from pyfast_dpo.trainers.logs import LoggingTrainer
 from pyfast_dpo.trainers.metrics import MetricAverages
@@ -88,6 +88,7 @@ class PreferenceTrainer(
         model = causal_lm(name, model, args.loading_options(), quantization_config)
         if isinstance(ref_model, str):
             ref_model = causal_lm(name, ref_model, args.loading_options(), None)
+        args = checkpointing_for(causal_lm_of(model), args)
         self._balancing = balancing_of(name, causal_lm_of(model), args.router_aux_loss_coef)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
@@ -224,8 +225,13 @@ class PreferenceTrainer(
                 "frozen (an adapter is loaded for training by PeftModel.from_pretrained(..., is_trainable=True))"
             )
         self._train_away_from_reference()
-        with self._prepared_models:
-            return super().train(*args, **kwargs)
+        try:
+            with self._prepared_models:
+                return super().train(*args, **kwargs)
+        finally:  # callbacks hear of the end of training, but not of an error
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, KeptActivations | KeepFreedMemory):
+                    callback.on_train_end(self.args, self.state, self.control)
 
     def _moving_models(self) -> dict[str, nn.Module]:
         return {"reference": cast(nn.Module, self.ref_model)} if self.args.sync_ref_model else {}

@@ -248,7 +248,9 @@ class CheckpointingTrainer(Trainer):
         path = Path(resume_from_checkpoint or "", self._run_file())
         if resume_from_checkpoint is not None and path.exists():  # else of another trainer
             with self._reading(resume_from_checkpoint):
-                self._restored = torch.load(path, self.args.device, weights_only=True)
+                device = self.args.device
+                place = "cpu" if device.type == "cpu" else device  # torch.load knows no "cpu:0"
+                self._restored = torch.load(path, place, weights_only=True)
         return super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )

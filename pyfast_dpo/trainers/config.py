@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import TrainingArguments
 from pyfast_dpo.losses.table import check_pair_options, couples_batch, loss_names
 from pyfast_dpo.losses.weighting import ld_row_weights
 from pyfast_dpo.ops.checks import check_beta, check_choice, check_weight
-from pyfast_dpo.trainers.flags import Switch, documented
+from pyfast_dpo.trainers.flags import Switch, bool_of, check_json, documented, number_or_none
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 AS_NEEDED = "as needed"  # what gradient checkpointing is by default: true to the Trainer, and copies keep it
@@ -70,8 +69,7 @@ class PreferenceConfig(TrainingArguments):
             False: one padded row a sequence.
         padding_free: what `shared_prompt` does; there is nothing to add to it.
         max_tokens_per_batch: fill batches by this number of computed tokens (each prompt once) instead of
-            by `per_device_train_batch_size`; the loss is the mean over the examples of a batch, so fuller
-            batches give each of theirs less weight.
+            by `per_device_train_batch_size`; the loss is the mean over the examples of all batches of a step.
         pad_to_multiple_of: round the padded length of a batch up to a multiple of this; for padded batches.
             "auto": 128 on AWS Neuron, none elsewhere.
         pad_token: a token of the vocabulary that the tokenizer pads with, instead of its own.
@@ -131,6 +129,7 @@ class PreferenceConfig(TrainingArguments):
     ref_model_sync_steps: int = 512
 
     def __post_init__(self) -> None:
+        self._read_text()
         self._check()
         self._choose_checkpointing()
         if self.bf16 is None:
@@ -183,6 +182,19 @@ class PreferenceConfig(TrainingArguments):
             name: options[name] for name in ("trust_remote_code", "revision") if name in options
         }
 
+    def _read_text(self) -> None:
+        name = type(self).__name__
+        for option in self._VALID_DICT_FIELDS:
+            check_json(name, option, getattr(self, option))
+        for option in (*CHECKPOINTING, "bf16"):
+            value = getattr(self, option)
+            if isinstance(value, str) and value != AS_NEEDED:
+                setattr(self, option, bool_of(name, option, value))
+        if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of != "auto":
+            self.pad_to_multiple_of = number_or_none(
+                name, "pad_to_multiple_of", self.pad_to_multiple_of
+            )
+
     def _check(self) -> None:
         name = type(self).__name__
         check_beta(name, self.beta)
@@ -192,10 +204,6 @@ class PreferenceConfig(TrainingArguments):
                 f"{name}: max_length must be None or at least 2 (a prompt and a response token), "
                 f"got {self.max_length}"
             )
-        for option in self._VALID_DICT_FIELDS:
-            _check_json(name, option, getattr(self, option))
-        if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of != "auto":
-            self.pad_to_multiple_of = _number_or_none(name, self.pad_to_multiple_of)
         for option in (*AT_LEAST_ONE, *NONE_OR_AT_LEAST_ONE):
             value = getattr(self, option)
             if value not in (None, "auto") and value < 1:
@@ -275,26 +283,6 @@ class PreferenceConfig(TrainingArguments):
             )
         else:
             setattr(self, option, {**(getattr(self, option) or {}), "offload": True})
-
-
-def _check_json(name: str, option: str, value: object) -> None:
-    """What begins as JSON must be JSON; other text is the path of a file, which the Trainer reads."""
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: {option} must be JSON, got {value!r}: {error}") from None
-
-
-def _number_or_none(name: str, text: str) -> int | None:
-    if text.lower() in ("none", "null"):
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(
-            f"{name}: pad_to_multiple_of must be None, 'auto' or positive, got {text!r}"
-        ) from None
 
 
 def _warn(config: PreferenceConfig, text: str) -> None:

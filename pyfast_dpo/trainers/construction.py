@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from pyfast_dpo.data.tokenization import tokenizer_of
-from pyfast_dpo.model.causal_lm import check_causal_lm
+from pyfast_dpo.data.templates import tokenizer_of
+from pyfast_dpo.model.causal_lm import check_causal_lm, check_no_other_senses
+from pyfast_dpo.trainers.config import CHECKPOINTING, PreferenceConfig
+
+LOADING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
+Config = TypeVar("Config", bound=PreferenceConfig)
 
 
 def causal_lm(
@@ -33,6 +38,8 @@ def causal_lm(
             f"{name}: quantization_config is for a model given by name, got {type(model).__name__}"
         )
     if isinstance(model, str):
+        of_configuration = {key: init_kwargs[key] for key in LOADING if key in init_kwargs}
+        check_no_other_senses(name, AutoConfig.from_pretrained(model, **of_configuration))
         init = dict(init_kwargs)
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
@@ -46,6 +53,15 @@ def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     return AutoModelForCausalLM.from_pretrained(
         name, **{"dtype": torch.float32, **(init_kwargs or {})}
     )
+
+
+def checkpointing_for(model: Any, args: Config) -> Config:
+    """The options, without gradient checkpointing where it was left at its default and the model has none."""
+    if not args.checkpointing_as_needed or getattr(model, "supports_gradient_checkpointing", True):
+        return args
+    args = copy.copy(args)
+    setattr(args, CHECKPOINTING[0], False)
+    return args
 
 
 def use_pad_token(name: str, processing_class: PreTrainedTokenizerBase, token: str) -> None:

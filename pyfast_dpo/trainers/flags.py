@@ -1,14 +1,18 @@
-"""Options as flags: what `HfArgumentParser`, and TRL's `TrlParser`, need beside the type of a field."""
+"""Options as flags: what `HfArgumentParser`, and TRL's `TrlParser`, need beside the type of a field, and the text
+that parsers leave in fields of several types."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
+
+from transformers.hf_argparser import string_to_bool
 
 Config = TypeVar("Config", bound=type)
 
@@ -56,3 +60,33 @@ def _entries(docstring: str) -> Iterator[tuple[str, str]]:
         names, _, text = entry.partition(":")
         for name in names.split(","):
             yield name.strip(), " ".join(text.split())
+
+
+# The text that parsers leave; `name` is that of the config, for errors -----------------------------------
+
+
+def bool_of(name: str, option: str, text: str) -> bool:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        raise ValueError(f"{name}: {option} must be True, False or None, got {text!r}") from None
+
+
+def number_or_none(name: str, option: str, text: str) -> int | None:
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{name}: {option} must be None, 'auto' or positive, got {text!r}"
+        ) from None
+
+
+def check_json(name: str, option: str, value: object) -> None:
+    """What begins as JSON must be JSON; other text is the path of a file, which the Trainer reads."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}: {option} must be JSON, got {value!r}: {error}") from None

@@ -37,8 +37,10 @@ class DatasetTrainer(Trainer):
 
     def _prepared(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
         """The dataset as token ids; what is prepared already, or nothing, stays as it is."""
-        if dataset is None or isinstance(dataset, PreparedDataset | StreamedDataset | str):
+        if dataset is None or isinstance(dataset, str):
             return dataset
+        if isinstance(dataset, PreparedDataset | StreamedDataset):
+            return self._fitting(dataset)
         if isinstance(dataset, Mapping) and name == "train":
             splits = list(dataset)
             raise TypeError(
@@ -59,14 +61,23 @@ class DatasetTrainer(Trainer):
                 f"datasets.Dataset or IterableDataset), got {type(dataset).__name__}"
             )
         prepared = self._prepare_rows(dataset, args, name)
+        self._fitting(prepared)
         if isinstance(prepared, StreamedDataset):
             self._reported[name] = prepared
-            prepared.tables = self._tables
             return prepared
         self._reported[name] = prepared.report
-        check_tables(prepared, self._tables)
         if args.process_index == 0:
             print(prepared.report)
+        return prepared
+
+    def _fitting(
+        self, prepared: PreparedDataset | StreamedDataset
+    ) -> PreparedDataset | StreamedDataset:
+        """The same dataset, its ids and lengths checked against the model's tables; those of a stream will be."""
+        if isinstance(prepared, StreamedDataset):
+            prepared.tables = self._tables
+        else:
+            check_tables(prepared, self._tables)
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:

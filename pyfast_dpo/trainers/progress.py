@@ -68,7 +68,7 @@ class ProgressTable(TrainerCallback):
             return
         if "loss" in logs:
             if not self._columns:
-                absent = "rewards/accuracies" if "kl" in logs else "kl"
+                absent = "kl" if "rewards/accuracies" in logs else "rewards/accuracies"
                 self._columns = [column for column in COLUMNS if column[1] != absent]
                 header = "".join(f"{title:>15}" for title, _ in self._columns)
                 tqdm.write(f"{'step':>6}{header}{'s/step':>9}")

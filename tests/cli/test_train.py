@@ -76,6 +76,9 @@ def test_train_leaves_checkpoint_metrics_and_curves(
         ][-1:]
         assert Path(place).exists()
     assert "train: kept" in printed and "logp chosen" in printed and "eval after step 3" in printed
+    of_pairs = "kto" not in flags  # KTO has no pairs to compare, and its KL is part of the loss
+    (header,) = [line for line in printed.splitlines() if line.split()[:1] == ["step"]]
+    assert ("accuracy" in header, "kl" in header) == (of_pairs, not of_pairs)
     if first_loss:
         assert f"loss: first {first_loss}" in printed
     report = json.loads((tmp_path / "metrics.json").read_text())
@@ -184,9 +187,10 @@ def test_help_names_what_a_user_looks_for(capsys):
     for text in (
         "a checkpoint every so many steps, and at the end; below 1, a share of all steps: by default after each tenth",
         "--steps", "--resume", "--model_name_or_path", "--dataset_name", "--max_tokens_per_batch", "--report_to",
-        "by default 1e-4 for LoRA and 1e-6 for full training",
+        "by default 1e-4 for LoRA and 1e-6 for full training", "--no_lora the opposite of --lora",
     ):  # fmt: skip
         assert text in shown
+    assert "--max-steps" not in shown and "(default: None)" not in shown
 
 
 # The file --------------------------------------------------------------------------------------------------

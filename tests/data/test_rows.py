@@ -365,7 +365,7 @@ def test_tools_and_template_options_come_from_json_or_as_they_are():
 def test_odd_rows_of_hh_are_all_accounted_for(tokenizer):
     rows = load_rows(SHARED_DATA / "hh_edge_cases.jsonl")
     message = str(prepare_pairs(rows, tokenizer, max_length=None).report)
-    # Of two rows one side ends with a user turn, which is left out.
-    assert "kept 2 of 66 rows; dropped: 36 identical responses (rows 5, 15, " in message
+    # Of two rows one side ends with a user turn, which is left out; without it one has identical responses.
+    assert "kept 1 of 66 rows; dropped: 37 identical responses (rows 5, 15, 25, 27, 28, " in message
     assert "11 empty response (rows 1, 6, " in message
     assert "17 differing prompts (rows 2, 3, " in message  # one side has more turns

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -18,7 +23,10 @@ from data_rows import (
     user,
 )
 from tiny_models import CHAT_TEMPLATE, make_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from pyfast_dpo.data import prepare_pairs, prepare_unpaired
 
@@ -125,7 +133,7 @@ def test_content_in_parts_is_the_same_as_text(chat_tokenizer):
     assert first == second
 
 
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
 
 OPTIONS = {
     # name: (columns of the row, options for all rows, what the template wrote first)
@@ -222,6 +230,114 @@ def test_only_the_assistant_s_turns_of_a_response_are_scored(make, expected):
     (example,) = prepare_pairs([row], tokenizer)
     assert scored(tokenizer, example) == expected
     assert "." not in scored(tokenizer, example, "rejected")
+
+
+def test_a_token_at_the_end_of_a_conversation_alone_is_no_part_of_the_turns_before():
+    """As Phi-3 has it: the end-of-sequence token instead of the generation prompt."""
+    tokenizer = make_tool_tokenizer(
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}<eos>{% endif %}"
+    )
+    row = {"prompt": [user("a b")], "chosen": LONG, "rejected": [assistant("z")]}
+    (example,) = prepare_pairs([row], tokenizer)
+    assert scored(tokenizer, example) == "c d <end> . . . . . . . g <end> . . . . i <end> <eos>"
+
+
+_TRL = importlib.util.find_spec("trl")
+TEMPLATES_OF_TRL = sorted(
+    path
+    for place in (_TRL.submodule_search_locations or [] if _TRL else [])
+    for path in (Path(place) / "chat_templates").glob("*.jinja")
+)
+# What a template itself refuses, with an error of its own: turns of tools or systems, arguments that are no string.
+REFUSED = re.compile(r"TemplateError: |TypeError: can only concatenate")
+
+
+@pytest.mark.skipif(not TEMPLATES_OF_TRL, reason="trl is not installed, or has no chat templates")
+@pytest.mark.parametrize("calls", [False, True], ids=["users", "tools"])
+@pytest.mark.parametrize("path", TEMPLATES_OF_TRL, ids=lambda path: path.stem)
+def test_with_published_templates_the_assistant_alone_is_scored(path, calls):
+    tokenizer = byte_tokenizer(path.read_text())
+    other = {**tool("other"), "name": "f", "tool_call_id": "abcdefghi"} if calls else user("other")
+    first = call("f") if calls else assistant("first")
+    if calls:
+        first["tool_calls"][0]["id"] = "abcdefghi"
+    row = {
+        "prompt": [user("question")], "chosen": [first, other, assistant("answer")],
+        "rejected": [assistant("bad")], "tools": TOOLS,
+    }  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some write no tools
+            (example,) = prepare_pairs([row], tokenizer, max_length=None).examples
+    except ValueError as error:
+        assert calls and REFUSED.search(str(error)), error
+        return
+    mask = example["chosen_assistant_mask"]
+    parts = [
+        tokenizer.decode([t for t, m in zip(example["chosen_ids"], mask, strict=True) if m == kind])
+        for kind in (1, 0)
+    ]
+    assert "answer" in parts[0] and "other" not in parts[0]
+    assert calls or "first" in parts[0]
+    assert "answer" not in parts[1] and "first" not in parts[1]
+    assert "question" in tokenizer.decode(example["prompt_ids"])
+
+
+def byte_tokenizer(chat_template):
+    """Every byte is a token, and so are the ends of turns of the usual templates."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    ends = [
+        "<|eot_id|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|return|>",
+        "<|call|>",
+        "<turn|>",
+        "<|start|>",
+    ]
+    fast.add_special_tokens({"additional_special_tokens": ends})
+    fast.chat_template = chat_template
+    return fast
+
+
+def test_what_a_template_leaves_out_is_told_once():
+    tokenizer = make_chat_tokenizer()
+    row = {"prompt": [user("a")], "chosen": [call("f", content="b")], "rejected": [assistant("c")]}
+    with pytest.warns(UserWarning) as told:
+        prepare_pairs([{**row, "tools": TOOLS}] * 2, tokenizer)
+    texts = sorted(str(each.message) for each in told)
+    assert len(texts) == 2
+    assert "the chat template leaves out the tool_calls of the rows" in texts[0]
+    assert "the chat template leaves out the tools of the rows" in texts[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_pairs([{**row, "tools": TOOLS}], make_tool_tokenizer())
+
+
+PARTS_ALONE = {
+    "raises": "{% for m in messages %}<{{ m.role }}> {{ m.content[0].text }} <end> {% endfor %}",
+    "leaves strings out": "{% for m in messages %}<{{ m.role }}> {% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }} {% endif %}{% endfor %}<end> {% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", PARTS_ALONE.values(), ids=PARTS_ALONE)
+def test_a_template_that_takes_content_in_parts_gets_parts(template):
+    ending = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    parts, plain = make_tokenizer(chat_template=template + ending), make_chat_tokenizer()
+    assert (
+        prepare_pairs([GOOD_CHAT], parts).examples[0]
+        == prepare_pairs([GOOD_CHAT], plain).examples[0]
+    )
 
 
 def test_masks_are_cut_with_their_responses_and_go_with_mismatched_ones():

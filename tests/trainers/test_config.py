@@ -337,6 +337,17 @@ def test_bad_values_are_named(kind, options, message):
         kind(use_cpu=True, **options)
 
 
+@pytest.mark.parametrize("text, value", [("true", True), ("False", False)])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "bf16"])
+def test_text_for_a_switch_is_what_it_says(name, text, value):
+    """The alignment handbook's first parser leaves it as text, where every text would be true."""
+    assert getattr(KTOConfig(use_cpu=True, **{name: text}), name) is value
+    with pytest.raises(
+        ValueError, match=f"KTOConfig: {name} must be True, False or None, got 'maybe'"
+    ):
+        KTOConfig(use_cpu=True, **{name: "maybe"})
+
+
 # Copies ----------------------------------------------------------------------------------------------------
 
 

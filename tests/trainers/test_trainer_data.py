@@ -16,7 +16,11 @@ from tiny_models import Stream, make_model, make_pairs, make_tokenizer
 from trainer_runs import config, dpo_trainer, train_log
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pyfast_dpo.data import DataCollatorForPreference, DataCollatorForUnpairedPreference
+from pyfast_dpo.data import (
+    DataCollatorForPreference,
+    DataCollatorForUnpairedPreference,
+    prepare_pairs,
+)
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,7 +144,7 @@ def test_a_token_without_an_embedding_is_an_error(tmp_path):
     tokenizer.add_tokens(["<new>"])  # and no model.resize_token_embeddings
     rows = [*make_pairs(5), {"prompt": "a <new>", "chosen": " b", "rejected": " c"}]
     message = r"row 6 has the token id 32, but the embeddings of the model have 32 rows.*resize_token_embeddings"
-    for data in (rows, Stream(rows)):
+    for data in (rows, Stream(rows), prepare_pairs(rows, tokenizer)):
         with pytest.raises(ValueError, match=message):
             dpo_trainer(tmp_path, tokenizer, rows=data, num_train_epochs=1, max_steps=8).train()
 
