@@ -10,13 +10,14 @@ export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast test-crash lint format bench sdist wheel test-torches gpu-check clean
+.PHONY: help demo test test-fast test-crash fuzz lint format bench sdist wheel test-torches gpu-check clean
 
 help:
 	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
 	@echo "make test       build everything and run every test"
 	@echo "make test-fast  what one runs after every edit: everything that takes no trainer, no compiler, no process"
 	@echo "make test-crash kills training at 20 random moments and resumes it (minutes; SEED=... for others)"
+	@echo "make fuzz       random calls of every operator and function under the sanitizers (10 minutes)"
 	@echo "make bench      measure everything against its peers; writes bench/results (an hour)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     apply ruff and clang-format"
@@ -66,6 +67,19 @@ test-fast: $(VENV)/.installed
 SEED ?= 1
 test-crash: $(VENV)/.installed
 	PYFAST_DPO_CRASH_MOMENTS=20 PYFAST_DPO_CRASH_SEED=$(SEED) $(BIN)/python -m pytest -q tests/trainers/test_trainer_crash.py
+
+# Minutes of random calls under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` has 20 seconds of them on
+# the usual build. FUZZ_FIRST and FUZZ_CALLS=1 repeat the call that a report names; FUZZ_ONLY is a part of a subject's
+# name (attention, on_logits); FUZZ_SANITIZE="" takes the usual build.
+FUZZ_CALLS ?= 100000
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 1
+FUZZ_FIRST ?= 0
+FUZZ_ONLY ?=
+FUZZ_SANITIZE ?= address,undefined
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/run.py --calls $(FUZZ_CALLS) --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) \
+	  --first $(FUZZ_FIRST) --only "$(FUZZ_ONLY)" --sanitize "$(FUZZ_SANITIZE)"
 
 bench: $(VENV)/.peers $(VENV)/.demo-model
 	$(BIN)/python bench/bench_ops.py

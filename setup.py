@@ -2,7 +2,8 @@
 found.
 
 Environment: PYFAST_DPO_CUDA=auto|0|1 (auto: CUDA kernels when nvcc is found), CUDA_HOME,
-TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1, CXX.
+TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1, CXX; PYFAST_DPO_SANITIZE (such as
+"address,undefined", or "thread"): instrumented CPU kernels in a folder of their own below build/, for `make fuzz`.
 
 torch's BuildExtension is not used: on a CPU-only torch it refuses CUDA sources, and with a CUDA torch it links
 libtorch_cuda. The kernels need neither: they know no torch, and the CUDA runtime is linked statically.
@@ -38,7 +39,7 @@ WARNINGS = [
 
 def cuda_home() -> Path | None:
     """The CUDA toolkit with nvcc, or None when it is not wanted or not there."""
-    wanted = os.environ.get("PYFAST_DPO_CUDA", "auto")
+    wanted = "0" if sanitizers() else os.environ.get("PYFAST_DPO_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"PYFAST_DPO_CUDA must be auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
@@ -83,6 +84,19 @@ def find_library(home: Path, name: str) -> Path:
     )
 
 
+def sanitizers() -> str:
+    return os.environ.get("PYFAST_DPO_SANITIZE", "")
+
+
+def sanitizer_flags() -> list[str]:
+    return [f"-fsanitize={sanitizers()}", "-fno-sanitize-recover=all"]
+
+
+def build_folder() -> Path:
+    name = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    return ROOT / "build" / "-".join([name, *filter(None, sanitizers().split(","))])
+
+
 def escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -91,6 +105,12 @@ class NinjaBuild(build_ext):
     """Compiles the two extensions of this package: _C, for every torch from 2.10 on, and _arena, for the release of
     torch that is installed now."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if sanitizers():
+            # A binary that only a preloaded run-time library can load must not take the place of the usual one.
+            self.inplace, self.build_lib = False, str(build_folder() / "lib")
+
     def build_extensions(self) -> None:
         import pybind11
         import torch
@@ -98,10 +118,14 @@ class NinjaBuild(build_ext):
 
         debug = os.environ.get("DEBUG", "0") not in ("", "0")
         # Not build_temp: pip gives that a fresh folder every time, and ninja would start anew.
-        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = build_folder()
         build.mkdir(parents=True, exist_ok=True)
 
         optimize = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
+        if sanitizers():
+            # The first finding ends the process, so that none is only a line in a log. Vectors of the kernels
+            # are intrinsics, so -O1 runs the loops and tails that -O3 runs.
+            optimize = ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizer_flags()]
         # -isystem, pybind11 before torch: torch bundles an older pybind11 of its own.
         python_headers = sysconfig.get_paths()["include"]
         system = [pybind11.get_include(), python_headers, *include_paths()]
@@ -116,7 +140,7 @@ class NinjaBuild(build_ext):
         link_flags = [
             *(f"-L{path}" for path in library_paths()),
             "-Wl,--exclude-libs,ALL",
-            *([] if debug else ["-s"]),
+            *(sanitizer_flags() if sanitizers() else [] if debug else ["-s"]),
         ]
         # torch stays needed although nothing names it: through it the loader finds the CUDA stream symbol.
         torch_libraries = [

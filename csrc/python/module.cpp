@@ -68,7 +68,14 @@ DType array_dtype(const py::array& array) {
   if (format == "float64") return DType::kFloat64;
   if (format == "float32") return DType::kFloat32;
   if (format == "float16") return DType::kFloat16;
-  throw py::type_error("logits must be float64, float32 or float16, got " + format);
+  throw py::type_error("sequence_logps: logits must be float64, float32 or float16, got " + format);
+}
+
+// Kernels read whole elements, and numpy's contiguous arrays may lie anywhere.
+void check_aligned(const char* what, const py::array& array) {
+  if ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) {
+    throw py::value_error(std::string(what) + " must be aligned");
+  }
 }
 
 py::array new_stats(DType dtype, std::vector<py::ssize_t> shape) {
@@ -79,10 +86,15 @@ py::array new_stats(DType dtype, std::vector<py::ssize_t> shape) {
 // checked by pyfast_dpo/numpy.py -> sequence log-probs [B]
 py::array sequence_logps(const py::array& logits, py::array_t<int64_t, py::array::c_style> labels) {
   const DType dtype = array_dtype(logits);
-  if (logits.ndim() != 3 || labels.ndim() != 2 || labels.shape(0) != logits.shape(0) ||
-      labels.shape(1) != logits.shape(1) ||
-      (logits.shape(2) > 1 && logits.strides(2) != logits.itemsize())) {
-    throw py::value_error("logits must be [B, T, V] with contiguous rows and labels [B, T]");
+  const bool native = logits.dtype().attr("isnative").cast<bool>();
+  if (!native) throw py::value_error("sequence_logps: logits must be of native byte order");
+  check_aligned("sequence_logps: logits and labels", logits);
+  check_aligned("sequence_logps: logits and labels", labels);
+  if (logits.ndim() != 3 || logits.shape(2) == 0 || labels.ndim() != 2 ||
+      labels.shape(0) != logits.shape(0) || labels.shape(1) != logits.shape(1) ||
+      (logits.size() > 0 && logits.shape(2) > 1 && logits.strides(2) != logits.itemsize())) {
+    throw py::value_error(
+        "sequence_logps: logits must be [B, T, V] with contiguous rows and labels [B, T]");
   }
   const py::ssize_t batch = logits.shape(0), length = logits.shape(1);
   py::array logps = new_stats(dtype, {batch}), scale = new_stats(dtype, {batch});
@@ -114,6 +126,7 @@ template <class T>
 const T* data_or_null(const std::optional<Array<T>>& array, py::ssize_t size) {
   if (!array.has_value()) return nullptr;
   if (array->size() != size) throw py::value_error("arrays must have equal lengths");
+  check_aligned("arrays", *array);
   return array->data();
 }
 
@@ -137,6 +150,8 @@ py::tuple pair_loss(const Array<T>& policy_chosen, const Array<T>& policy_reject
                     double divergence_alpha, bool average_first) {
   const py::ssize_t pairs = policy_chosen.size();
   if (policy_rejected.size() != pairs) throw py::value_error("arrays must have equal lengths");
+  check_aligned("arrays", policy_chosen);
+  check_aligned("arrays", policy_rejected);
   Array<T> losses(pairs), chosen_rewards(pairs), rejected_rewards(pairs), d_chosen(pairs),
       d_rejected(pairs);
   const std::vector<T> ones(static_cast<size_t>(pairs), T(1));
@@ -177,6 +192,7 @@ py::tuple unpaired_loss(const Array<T>& policy, const std::optional<Array<T>>& r
                         double beta, double desirable_weight, double undesirable_weight) {
   const py::ssize_t count = policy.size();
   if (is_desirable.size() != count) throw py::value_error("arrays must have equal lengths");
+  check_aligned("arrays", policy);
   Array<T> losses(count), rewards(count), d_policy(count);
   const std::vector<T> ones(static_cast<size_t>(count), T(1));
   const T kl_value = static_cast<T>(kl);

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -63,12 +64,12 @@ void check_blocks(const char* op, Call& call) {
 
 Call checked_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                   const Tensor& blocks, double scale, int64_t window) {
-  STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3, op,
+  STD_TORCH_CHECK(is_given(query) && is_given(key) && query.dim() == 3 && key.dim() == 3, op,
                   ": query and key must be [T, heads, D], got ", describe(query), " and ",
                   describe(key));
   Call call{};
   AttentionParams& p = call.params;
-  p.dtype = logits_dtype(op, query);
+  p.dtype = float_dtype(op, "query", query);
   STD_TORCH_CHECK(p.dtype != DType::kFloat64, op, ": float64 is not supported");
   p.tokens = query.size(0);
   p.heads = query.size(1);
@@ -78,20 +79,23 @@ Call checked_call(const char* op, const Tensor& query, const Tensor& key, const 
                   ": D must be positive and the heads of the query a multiple of those of the key, "
                   "got ",
                   describe(query), " and ", describe(key));
-  STD_TORCH_CHECK(scale > 0, op, ": scale must be positive, got ", scale);
+  // in float32, in which the scores are
+  const auto scale_of_scores = static_cast<float>(scale);
+  STD_TORCH_CHECK(scale_of_scores > 0 && std::isfinite(scale_of_scores), op,
+                  ": scale must be positive and finite, got ", scale);
   STD_TORCH_CHECK(window > 0, op, ": window must be positive, got ", window);
   const std::vector<int64_t> shape{p.tokens, p.key_heads, p.width};
   check_shape(op, "key", key, query.scalar_type(), shape, query);
   check_shape(op, "value", value, query.scalar_type(), shape, query);
-  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Long && blocks.dim() == 2 &&
-                      blocks.size(1) == 4 && !blocks.is_cuda(),
+  STD_TORCH_CHECK(is_given(blocks) && blocks.scalar_type() == ScalarType::Long &&
+                      blocks.dim() == 2 && blocks.size(1) == 4 && !blocks.is_cuda(),
                   op, ": blocks must be int64 [B, 4] on the CPU, got ", describe(blocks));
   call.query = with_heads(query, p.query);
   call.key = with_heads(key, p.key);
   call.value = with_heads(value, p.value);
   call.blocks = torch::stable::contiguous(blocks);
   p.blocks = static_cast<const AttentionBlock*>(call.blocks.const_data_ptr());
-  p.scale = static_cast<float>(scale);
+  p.scale = scale_of_scores;
   p.window = window;
   check_blocks(op, call);
   return call;

@@ -23,13 +23,12 @@ struct Gated {
 };
 
 Gated checked_gate(const char* op, const Tensor& gate, const Tensor& up) {
-  const ScalarType type = gate.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
-      ": gate must be float32, bfloat16 or float16, got ", describe(gate));
+  const DType dtype = float_dtype(op, "gate", gate);
+  STD_TORCH_CHECK(dtype != DType::kFloat64, op, ": gate must be float32, bfloat16 or float16, got ",
+                  describe(gate));
   const std::vector<int64_t> shape = shape_of(gate);
-  return {logits_dtype(op, gate), shape, torch::stable::contiguous(gate),
-          checked(op, "up", up, type, shape, gate), gate.numel()};
+  return {dtype, shape, torch::stable::contiguous(gate),
+          checked(op, "up", up, gate.scalar_type(), shape, gate), gate.numel()};
 }
 
 Tensor silu_gate(const Tensor& gate, const Tensor& up) {

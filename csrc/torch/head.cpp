@@ -43,7 +43,7 @@ struct Shapes {
 
 HeadParams head_params(const char* op, const Tensor& typed, const Tensor& weight, Shapes shapes) {
   HeadParams params{};
-  params.dtype = logits_dtype(op, typed);
+  params.dtype = float_dtype(op, "rows or weight", typed);
   STD_TORCH_CHECK(params.dtype != DType::kFloat64, op, ": float64 is not supported");
   params.rows = shapes.rows;
   params.hidden = shapes.hidden;
@@ -53,8 +53,8 @@ HeadParams head_params(const char* op, const Tensor& typed, const Tensor& weight
 }
 
 void check_matrices(const char* op, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, op, ": arguments must be matrices, got ",
-                  describe(a), " and ", describe(b));
+  STD_TORCH_CHECK(is_given(a) && is_given(b) && a.dim() == 2 && b.dim() == 2, op,
+                  ": arguments must be matrices, got ", describe(a), " and ", describe(b));
 }
 
 void check_writable(const char* op, const Tensor& out) {
@@ -71,6 +71,7 @@ void head_logits_(const Tensor& out, const Tensor& rows_in, const Tensor& weight
       checked(op, "weight", weight_in, rows.scalar_type(), {shapes.vocab, shapes.hidden}, rows);
   checked(op, "out", out, ScalarType::Float, {shapes.rows, shapes.vocab}, rows);
   check_writable(op, out);
+  check_apart(op, "out", out, {&rows_in, &weight_in});
   HeadParams params = head_params(op, rows, weight, shapes);
   const cpu::Gemm& gemm = cpu_kernels().gemm;
   const int type = static_cast<int>(params.dtype);
@@ -113,6 +114,11 @@ Tensor head_grad_rows(const Tensor& gradient_in, const Tensor& weight_in) {
   const cpu::Gemm& gemm = cpu_kernels().gemm;
   const int type = static_cast<int>(params.dtype);
   const int kind = set_gradient(gradient, params);
+  if (shapes.rows == 0 || shapes.hidden == 0 || shapes.vocab == 0) {  // no term in any sum
+    const Tensor zeros =
+        torch::stable::new_empty(weight, {shapes.rows, shapes.hidden}, ScalarType::Float);
+    return torch::stable::zero_(const_cast<Tensor&>(zeros));
+  }
   // The weight is read once, whatever the number of threads: slices of the vocabulary have sums of
   // their own, which are added in order. Rows are divided only when there are more threads.
   const int64_t slice =
@@ -160,10 +166,13 @@ void head_grad_weight_(const Tensor& out, const Tensor& gradient_in, const Tenso
   const Tensor rows = torch::stable::contiguous(rows_in);
   const Tensor gradient = checked_gradient(op, gradient_in, shapes, rows);
   const std::vector<int64_t> shape{shapes.vocab, shapes.hidden};
-  const bool wide = out.scalar_type() == ScalarType::Float;
+  const bool wide = !is_given(out) || out.scalar_type() == ScalarType::Float;
   checked(op, "out", out, wide ? ScalarType::Float : rows.scalar_type(), shape, rows);
   check_writable(op, out);
   const auto total = checked(op, "total", total_in, ScalarType::Float, shape, rows);
+  std::vector<const Tensor*> read{&gradient_in, &rows_in};
+  if (total_in.has_value()) read.push_back(&*total_in);
+  check_apart(op, "out", out, read);
   STD_TORCH_CHECK(wide ? !total.has_value() : !accumulate, op,
                   ": accumulate is for a float32 out, total for any other, got ", describe(out));
   HeadParams params = head_params(op, rows, rows, shapes);

@@ -30,9 +30,9 @@ struct Term {
 };
 
 Term checked_term(const char* op, const char* left_name, const char* right_name, Term term) {
-  STD_TORCH_CHECK(term.left.dim() == 2 && term.right.dim() == 2, op,
-                  ": arguments must be matrices, got ", describe(term.left), " and ",
-                  describe(term.right));
+  STD_TORCH_CHECK(
+      is_given(term.left) && is_given(term.right) && term.left.dim() == 2 && term.right.dim() == 2,
+      op, ": arguments must be matrices, got ", describe(term.left), " and ", describe(term.right));
   std::vector<int64_t> shape{term.depth(), term.columns()};
   if (term.right_transposed) std::swap(shape[0], shape[1]);
   term.left = checked(op, left_name, term.left, ScalarType::Float, shape_of(term.left), term.left);
@@ -114,6 +114,9 @@ void linear_(const Tensor& out, const Tensor& rows, const Tensor& weight,
       checked_terms(op, "rows", rows, weight, "low_rows", low_rows, low_weight, true);
   check_shape(op, "out", out, ScalarType::Float, {terms[0].rows(), terms[0].columns()}, rows);
   STD_TORCH_CHECK(out.is_contiguous(), op, ": out must be contiguous, got ", describe(out));
+  std::vector<const Tensor*> read{&rows, &weight};
+  if (low_rows.has_value()) read.insert(read.end(), {&*low_rows, &*low_weight});
+  check_apart(op, "out", out, read);
   write_sum(out, terms);
 }
 

@@ -10,7 +10,7 @@ namespace pyfast_dpo {
 // float32 or float64, from the argument that gives the others their dtype and length.
 inline DType stat_dtype(const char* op, const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(
-      tensor.dim() == 1 &&
+      is_given(tensor) && tensor.dim() == 1 &&
           (tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double),
       op, ": ", name, " must be float32 or float64 with one dimension, got ", describe(tensor));
   return tensor.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;

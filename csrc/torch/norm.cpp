@@ -26,7 +26,7 @@ struct Normed {
 };
 
 Normed checked_norm(const char* op, const Tensor& input, const Tensor& weight) {
-  const std::vector<int64_t> shape = shape_of(input);
+  const std::vector<int64_t> shape = is_given(input) ? shape_of(input) : std::vector<int64_t>{};
   STD_TORCH_CHECK(!shape.empty() && shape.back() > 0, op,
                   ": input must have a last dimension with elements, got ", describe(input));
   const int64_t width = shape.back();

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   p.dtype = stat_dtype(op, "logps", logps_in);
   p.loss = loss_index<PolicyLosses>(op, loss);
   p.tokens = logps_in.size(0);
-  STD_TORCH_CHECK(offsets_in.dim() == 1 && offsets_in.size(0) >= 1, op,
+  STD_TORCH_CHECK(is_given(offsets_in) && offsets_in.dim() == 1 && offsets_in.size(0) >= 1, op,
                   ": offsets must be int64 [S + 1], got ", describe(offsets_in));
   p.sequences = offsets_in.size(0) - 1;
   p.options = {
@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   const Tensor logps = checked(op, "logps", logps_in, stat, {p.tokens}, logps_in);
   const auto old = per_token("old", old_in), reference = per_token("reference", reference_in);
   const auto correction = per_token("correction", correction_in);
-  p.advantage_per_token = advantages_in.dim() == 1 && advantages_in.size(0) != p.sequences;
+  p.advantage_per_token =
+      is_given(advantages_in) && advantages_in.dim() == 1 && advantages_in.size(0) != p.sequences;
   const Tensor advantages = checked(op, "advantages", advantages_in, stat,
                                     {p.advantage_per_token ? p.tokens : p.sequences}, logps_in);
   const auto mask = checked(op, "mask", mask_in, ScalarType::Bool, {p.tokens}, logps_in);
@@ -96,8 +97,9 @@ Tensor gae(const Tensor& rewards_in, const Tensor& values_in,
            const std::optional<Tensor>& mask_in, double gamma, double lam) {
   const char* op = "pyfast_dpo::gae";
   GaeParams p{};
-  STD_TORCH_CHECK(rewards_in.dim() == 2 && (rewards_in.scalar_type() == ScalarType::Float ||
-                                            rewards_in.scalar_type() == ScalarType::Double),
+  STD_TORCH_CHECK(is_given(rewards_in) && rewards_in.dim() == 2 &&
+                      (rewards_in.scalar_type() == ScalarType::Float ||
+                       rewards_in.scalar_type() == ScalarType::Double),
                   op, ": rewards must be float32 or float64 [B, T], got ", describe(rewards_in));
   const ScalarType stat = rewards_in.scalar_type();
   p.dtype = stat == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_statistics(const Tensor& logits_i
                                                           const Tensor& targets_in,
                                                           const std::optional<Tensor>& row_max_in) {
   const char* op = "pyfast_dpo::row_statistics";
-  const DType dtype = logits_dtype(op, logits_in);
+  const DType dtype = float_dtype(op, "logits", logits_in);
   STD_TORCH_CHECK(logits_in.dim() == 2 && logits_in.size(1) > 0 &&
                       (dtype == DType::kFloat64 || dtype == DType::kFloat32),
                   op, ": logits must be float32 or float64 [R, V] with V >= 1, got ",

@@ -10,7 +10,7 @@ namespace {
 
 void scale_(const Tensor& values, const Tensor& factor_in) {
   const char* op = "pyfast_dpo::scale_";
-  const DType dtype = logits_dtype(op, values);
+  const DType dtype = float_dtype(op, "values", values);
   STD_TORCH_CHECK(values.is_contiguous(), op, ": values must be contiguous, got ",
                   describe(values));
   const Tensor factor = checked(op, "factor", factor_in, stat_scalar_type(dtype), {}, values);

@@ -20,7 +20,7 @@ Tensor with_contiguous_rows(const Tensor& logits) {
 }
 
 void check_logits(const char* op, const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 3 && logits.size(2) > 0, op,
+  STD_TORCH_CHECK(is_given(logits) && logits.dim() == 3 && logits.size(2) > 0, op,
                   ": logits must have shape [B, T, V] with V >= 1, got ", describe(logits));
 }
 
@@ -46,7 +46,7 @@ Outputs seq_logp(const Tensor& logits_in, const Tensor& labels_in, int64_t ignor
                  bool average, bool /*inplace_backward*/) {
   const char* op = "pyfast_dpo::seq_logp";
   check_logits(op, logits_in);
-  const DType dtype = logits_dtype(op, logits_in);
+  const DType dtype = float_dtype(op, "logits", logits_in);
   const int64_t batch = logits_in.size(0), length = logits_in.size(1);
   const Tensor labels =
       checked(op, "labels", labels_in, ScalarType::Long, {batch, length}, logits_in);
@@ -86,13 +86,14 @@ Outputs seq_logp(const Tensor& logits_in, const Tensor& labels_in, int64_t ignor
   return outputs;
 }
 
-// Fills grad (which may be logits itself) from what the forward pass left.
+// Fills grad (which may be logits itself) from what the forward pass left. `written`: what an
+// argument is called that grad is.
 void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
                   const std::optional<Tensor>& grad_token_in, const Tensor& logits,
                   const Tensor& labels_in, const Tensor& token_logps, const Tensor& row_max,
                   const Tensor& row_sum, const Tensor& sequence_scale, int64_t ignore_index,
-                  bool shift, const Tensor& grad) {
-  const DType dtype = logits_dtype(op, logits);
+                  bool shift, const Tensor& grad, const char* written = nullptr) {
+  const DType dtype = float_dtype(op, "logits", logits);
   const ScalarType stat = stat_scalar_type(dtype);
   const std::vector<int64_t> per_sequence{logits.size(0)}, per_row{logits.size(0), logits.size(1)};
   const Tensor labels = checked(op, "labels", labels_in, ScalarType::Long, per_row, logits);
@@ -103,6 +104,16 @@ void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
   const auto grad_sequence =
       checked(op, "grad_sequence", grad_sequence_in, stat, per_sequence, logits);
   const auto grad_token = checked(op, "grad_token", grad_token_in, stat, per_row, logits);
+  if (written != nullptr) {
+    std::vector<const Tensor*> read{&labels_in, &token_logps, &row_max, &row_sum, &sequence_scale};
+    for (const auto* given : {&grad_sequence_in, &grad_token_in})
+      if (given->has_value()) read.push_back(&**given);
+    const bool in_place = grad.const_data_ptr() == logits.const_data_ptr() &&
+                          grad.scalar_type() == logits.scalar_type() &&
+                          grad.stride(0) == logits.stride(0) && grad.stride(1) == logits.stride(1);
+    if (!in_place) read.push_back(&logits);
+    check_apart(op, written, grad, read);
+  }
 
   SeqLogpBackwardParams params{};
   params.logits = logits.const_data_ptr();
@@ -117,7 +128,7 @@ void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
   params.grad_sequence = data_or_null(grad_sequence);
   params.grad_token = data_or_null(grad_token);
   params.grad_logits = grad.mutable_data_ptr();
-  params.grad_dtype = logits_dtype(op, grad);
+  params.grad_dtype = float_dtype(op, "out", grad);
   params.grad_batch_stride = grad.stride(0);
   params.grad_row_stride = grad.stride(1);
   if (logits.is_cuda()) {
@@ -162,6 +173,7 @@ void seq_logp_backward_out(const std::optional<Tensor>& grad_sequence,
                            int64_t ignore_index, bool shift, const Tensor& out) {
   const char* op = "pyfast_dpo::seq_logp_backward_out";
   check_logits(op, logits_in);
+  STD_TORCH_CHECK(is_given(out), op, ": out must be a tensor, got None");
   check_gradient_dtype(op, "out", logits_in, out.scalar_type());
   const Tensor logits = with_contiguous_rows(logits_in);
   check_shape(op, "out", out, out.scalar_type(), {logits.size(0), logits.size(1), logits.size(2)},
@@ -169,7 +181,7 @@ void seq_logp_backward_out(const std::optional<Tensor>& grad_sequence,
   STD_TORCH_CHECK(out.stride(2) == 1 || out.size(2) == 1, op,
                   ": the last dimension of out must be contiguous, got stride ", out.stride(2));
   run_backward(op, grad_sequence, grad_token, logits, labels, token_logps, row_max, row_sum,
-               sequence_scale, ignore_index, shift, out);
+               sequence_scale, ignore_index, shift, out, "out");
 }
 
 void seq_logp_backward_(const std::optional<Tensor>& grad_sequence,
@@ -183,7 +195,7 @@ void seq_logp_backward_(const std::optional<Tensor>& grad_sequence,
                   ": the last dimension of logits must be contiguous, got stride ",
                   logits.stride(2));
   run_backward(op, grad_sequence, grad_token, logits, labels, token_logps, row_max, row_sum,
-               sequence_scale, ignore_index, shift, logits);
+               sequence_scale, ignore_index, shift, logits, "logits");
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pyfast_dpo.layout import attention_cpu, attention_varlen
 from pyfast_dpo.layout.attention_blocks import Scores, attend_by_blocks
 from pyfast_dpo.layout.shared_prompt import SharedPromptLayout
+from pyfast_dpo.ops.checks import check_positive, check_same_device, check_tensor, describe
+from pyfast_dpo.ops.dispatch import is_autocast_enabled
 
 PREFIX = "shared_prompt_over_"  # then the implementation that serves every call without a layout
 
@@ -163,10 +165,20 @@ def shared_prompt_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scores: Scores
 ) -> Tensor:
+    _check_heads(query, key, value)
     if query.shape[0] != 1 or query.shape[2] != layout.tokens:
         raise ValueError(
             f"shared_prompt_attention: query must be one row of {layout.tokens} tokens, "
             f"got {list(query.shape)}"
+        )
+    for name, number in (("scaling", scores.scaling), ("softcap", scores.softcap)):
+        if number is not None:
+            check_positive("shared_prompt_attention", name, number)
+    if scores.window is not None and (
+        type(scores.window) is not int or not 1 <= scores.window < 2**63
+    ):
+        raise ValueError(
+            f"shared_prompt_attention: sliding_window must be a positive int or None, got {scores.window!r}"
         )
     if attention_cpu.takes(query, key, value, scores):
         attend = attention_cpu.attend_on_cpu
@@ -175,6 +187,38 @@ def _attend(
     else:
         attend = attend_by_blocks
     return attend(query, key, value, layout, scores)
+
+
+def _check_heads(query: object, key: object, value: object) -> None:
+    """Shapes, devices and dtypes that go together; those of the layout are checked beside it."""
+    function = "shared_prompt_attention"
+    check_tensor(function, "query", query)
+    assert isinstance(query, Tensor)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(function, name, tensor)
+        assert isinstance(tensor, Tensor)
+        if tensor.dim() != 4 or not tensor.is_floating_point() or tensor.is_sparse:
+            raise ValueError(
+                f"{function}: {name} must be floating point [1, heads, T, D], got {describe(tensor)}"
+            )
+        check_same_device(function, "query", query, name, tensor)
+        if tensor.dtype != query.dtype and not is_autocast_enabled(query.device):
+            raise TypeError(
+                f"{function}: {name} must have the dtype of query, {query.dtype}, got {describe(tensor)}"
+            )
+    assert isinstance(key, Tensor) and isinstance(value, Tensor)
+    heads, key_heads = query.shape[1], key.shape[1]
+    tokens, width = query.shape[2:]
+    fits = key_heads > 0 and heads % key_heads == 0 and width == key.shape[3]
+    if not fits or key.shape[:3] != (query.shape[0], key_heads, tokens):
+        raise ValueError(
+            f"{function}: key must have the tokens and the width of query, and heads that divide its heads, got "
+            f"{describe(key)} for {describe(query)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"{function}: value must have the heads and tokens of key, got {describe(value)} for {describe(key)}"
+        )
 
 
 def _original(module: Any) -> Any:

@@ -37,6 +37,8 @@ def attend_by_blocks(
             q, k, v = next(blocks)
             k, v = torch.cat([prompt_key, k], dim=2), torch.cat([prompt_value, v], dim=2)
             outputs.append(_causal(q, k, v, layout, scores))
+    if not outputs:  # a row without groups
+        return query.new_zeros(query.shape[0], 0, query.shape[1], value.shape[3])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

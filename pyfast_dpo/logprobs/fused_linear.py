@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo.logprobs.fused import FusedPreferenceLoss, FusedUnpairedLoss
-from pyfast_dpo.logprobs.linear import fused_linear_loss, linear_sequence_logps
+from pyfast_dpo.logprobs.linear import loss_of, sequence_logps_of
 from pyfast_dpo.logprobs.linear_checks import check_labels_or_rows, outside_graphs
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.losses.stacked import StackedLoss
@@ -19,6 +19,7 @@ from pyfast_dpo.losses.table import (
 from pyfast_dpo.losses.unpaired import kto_loss
 from pyfast_dpo.ops.checks import (
     check_constants,
+    check_label_options,
     check_per_sequence,
     check_tensor,
     check_unpaired_options,
@@ -112,6 +113,7 @@ def fused_linear_kto_loss(
 ) -> FusedUnpairedLoss:
     """`fused_kto_loss` from hidden states `[N, T, H]`; the other arguments as in `fused_linear_dpo_loss`."""
     name = "fused_linear_kto_loss"
+    _check_head_options(name, head_options)
     count = _sequences(name, hidden, labels, rows)
     if rows is None and hidden.dim() != 3:
         raise ValueError(f"{name}: hidden must have shape [N, T, H], got {describe(hidden)}")
@@ -137,7 +139,7 @@ def fused_linear_kto_loss(
         )
         return _share(result.losses, count), (result.rewards, result.losses)
 
-    result = fused_linear_loss(hidden, weight, labels, loss_fn, group=1, bias=bias, **shared)
+    result = loss_of(name, hidden, weight, labels, loss_fn, 1, bias=bias, **shared)
     return FusedUnpairedLoss(result.loss, result.logps, *result.outputs)
 
 
@@ -157,6 +159,7 @@ def _pair_loss(
 ) -> FusedPreferenceLoss:
     loss_options = {key: options[key] for key in options.keys() & LOSS_OPTIONS}
     head_options = {key: options[key] for key in options.keys() - LOSS_OPTIONS}
+    _check_head_options(name, head_options)
     count = _sequences(name, hidden, labels, rows)
     if count % 2 or (rows is None and hidden.dim() != 3):
         raise ValueError(
@@ -184,8 +187,21 @@ def _pair_loss(
         return _share(result.losses, pairs), kept
 
     group = None if loss.couples_batch else 2
-    result = fused_linear_loss(hidden, weight, labels, loss_fn, group=group, bias=bias, **shared)
+    result = loss_of(name, hidden, weight, labels, loss_fn, group, bias=bias, **shared)
     return FusedPreferenceLoss(result.loss, *result.logps.reshape(2, -1), *result.outputs)
+
+
+# What the functions of this file hand on as it is.
+HEAD_OPTIONS = {
+    "shift", "ignore_index", "logit_scale", "softcap", "max_chunk_bytes", "validate", "impl",
+}  # fmt: skip
+
+
+def _check_head_options(function: str, options: dict[str, Any]) -> None:
+    unknown = sorted(options.keys() - HEAD_OPTIONS)
+    if unknown:
+        raise TypeError(f"{function}: unexpected keyword argument {unknown[0]!r}")
+    check_label_options(function, options.get("shift", False), options.get("ignore_index", -100))
 
 
 def _counts(
@@ -204,6 +220,8 @@ def _sequences(
     function: str, hidden: Tensor, labels: Tensor | None, rows: CompletionRows | None
 ) -> int:
     check_tensor(function, "hidden", hidden)
+    if hidden.dim() < 2:
+        raise ValueError(f"{function}: hidden must have shape [..., T, H], got {describe(hidden)}")
     return hidden.shape[0] if rows is None else len(rows.lengths)
 
 
@@ -230,6 +248,6 @@ def _reference_logps(
     if reference_weight is None:
         reference_weight, reference_bias = weight, bias
     with torch.no_grad():
-        return linear_sequence_logps(
-            reference_hidden, reference_weight, labels, bias=reference_bias, **options
+        return sequence_logps_of(
+            function, reference_hidden, reference_weight, labels, bias=reference_bias, **options
         )

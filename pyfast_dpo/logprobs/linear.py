@@ -30,7 +30,7 @@ from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.logprobs.scores import sums_of_sequences
 from pyfast_dpo.logprobs.statistics import LinearStatistics, torch_row_statistics
 from pyfast_dpo.logprobs.unit_losses import LossFunction, LossOptions
-from pyfast_dpo.ops.checks import check_number
+from pyfast_dpo.ops.checks import check_flags, describe
 from pyfast_dpo.ops.dispatch import Impl, use_kernels_for
 from pyfast_dpo.ops.dtypes import statistics_dtype
 
@@ -119,8 +119,32 @@ def linear_sequence_logps(
         `[B]`, or `[S]` with rows, float32 (float64 for float64 inputs); 0 for a sequence without scored
         positions.
     """
+    return sequence_logps_of(
+        "linear_sequence_logps", hidden, weight, labels, rows, bias, average, shift, ignore_index,
+        logit_scale, softcap, max_chunk_bytes, validate, impl,
+    )  # fmt: skip
+
+
+def sequence_logps_of(
+    function: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    rows: CompletionRows | None,
+    bias: Tensor | None,
+    average: bool = False,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    max_chunk_bytes: int | None = None,
+    validate: bool | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """`linear_sequence_logps` for the public function of that name, which errors then name."""
+    check_flags(function, average=average)
     scored, found = _scored_tokens(
-        "linear_sequence_logps", hidden, weight, labels, rows, bias, shift, ignore_index,
+        function, hidden, weight, labels, rows, bias, shift, ignore_index,
         logit_scale, softcap, max_chunk_bytes, validate, impl,
     )  # fmt: skip
     sums = sums_of_sequences(scored, found.counts, None, average)
@@ -171,7 +195,36 @@ def fused_linear_loss(
     Raises:
         TypeError, ValueError: as `linear_token_logps`; a number of sequences that `group` does not divide.
     """
-    name = "fused_linear_loss"
+    return loss_of(
+        "fused_linear_loss", hidden, weight, labels, loss_fn, group, rows, bias, row_weights, average, statistics,
+        shift, ignore_index, logit_scale, softcap, max_chunk_bytes, validate, impl,
+    )  # fmt: skip
+
+
+def loss_of(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    loss_fn: LossFunction,
+    group: int | None,
+    rows: CompletionRows | None,
+    bias: Tensor | None,
+    row_weights: Tensor | None = None,
+    average: bool = False,
+    statistics: bool = False,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    max_chunk_bytes: int | None = None,
+    validate: bool | None = None,
+    impl: Impl = "auto",
+) -> FusedLinearLoss:
+    """`fused_linear_loss` for the public function of that name, which errors then name."""
+    check_flags(name, average=average, statistics=statistics)
+    if not callable(loss_fn):
+        raise TypeError(f"{name}: loss_fn must be a function, got {describe(loss_fn)}")
     head = checked_head(name, hidden, weight, bias, logit_scale, softcap)
     check_labels_or_rows(name, hidden, labels, rows)
     max_rows = rows_in_budget(name, max_chunk_bytes, head)
@@ -198,7 +251,8 @@ def fused_linear_loss(
 def _checked_group(function: str, group: int | None, sequences: int) -> int:
     if group is None:
         return max(sequences, 1)
-    check_number(function, "group", group)
+    if type(group) is not int:
+        raise TypeError(f"{function}: group must be an int or None, got {describe(group)}")
     if group < 1 or sequences % group:
         raise ValueError(
             f"{function}: group must be a number of sequences that divides all of them, {sequences}, "

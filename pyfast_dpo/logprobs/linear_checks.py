@@ -13,11 +13,14 @@ from pyfast_dpo.logprobs.head import Head
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.ops.checks import (
     check_constants,
+    check_label_options,
     check_labels_in_range,
+    check_positive,
     check_same_device,
     check_tensor,
     describe,
 )
+from pyfast_dpo.ops.dispatch import is_autocast_enabled
 from pyfast_dpo.ops.dtypes import LOGITS_DTYPES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -62,7 +65,7 @@ def checked_head(
             f"{function}: weight must be floating point; dequantize a quantized lm_head first, "
             f"got {describe(weight)}"
         )
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = is_autocast_enabled(hidden.device)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, value in parameters.items():
         check_tensor(function, name, value)
@@ -85,10 +88,9 @@ def checked_head(
         raise ValueError(
             f"{function}: bias must have shape [{weight.shape[0]}], got {describe(bias)}"
         )
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{function}: softcap must be positive and finite or None, got {softcap}")
-    if not 0 < logit_scale < float("inf"):
-        raise ValueError(f"{function}: logit_scale must be positive and finite, got {logit_scale}")
+    if softcap is not None:
+        check_positive(function, "softcap", softcap)
+    check_positive(function, "logit_scale", logit_scale)
     return Head(weight, bias, float(logit_scale), None if softcap is None else float(softcap))
 
 
@@ -129,12 +131,13 @@ def completion_rows(
 
     Without `validate`, on CUDA, a target outside the vocabulary makes its row NaN.
     """
+    check_label_options(function, shift, ignore_index, validate)
     vocab = head.weight.shape[0]
-    validate = hidden.device.type == "cpu" if validate is None else validate
+    validate = bool(validate) or hidden.device.type == "cpu"  # there nothing waits for a device
     if rows is None:
         assert labels is not None
         if validate:
-            check_labels_in_range(function, labels, vocab, ignore_index)
+            check_labels_in_range(function, labels, vocab, ignore_index, shift)
         return CompletionRows.from_labels(labels, shift=shift, ignore_index=ignore_index)
     if validate and rows.index.numel():
         states = hidden.shape[:-1].numel()
@@ -172,7 +175,7 @@ def check_row_weights(function: str, rows: CompletionRows, row_weights: Tensor |
 def under_autocast(hidden: Tensor) -> Tensor:
     """What autocast would do to a linear layer's input; `Head.of` does it to the parameters."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not is_autocast_enabled(hidden.device) or hidden.dtype == torch.float64:
         return hidden
     return hidden.to(torch.get_autocast_dtype(device))
 
@@ -185,6 +188,10 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 def rows_in_budget(function: str, max_chunk_bytes: int | None, head: Head) -> int:
     if max_chunk_bytes is None:
         max_chunk_bytes = CHUNK_BYTES.get(head.weight.device.type, CHUNK_BYTES["cpu"])
+    elif type(max_chunk_bytes) is not int:
+        raise TypeError(
+            f"{function}: max_chunk_bytes must be an int or None, got {describe(max_chunk_bytes)}"
+        )
     row = head.weight.shape[0] * (8 if head.weight.dtype == torch.float64 else 4)
     if max_chunk_bytes < row:
         raise ValueError(

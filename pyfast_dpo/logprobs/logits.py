@@ -15,7 +15,13 @@ from torch import Tensor
 
 from pyfast_dpo.logprobs import oracle
 from pyfast_dpo.ops import operators
-from pyfast_dpo.ops.checks import check_labels_in_range, check_logits_and_labels, describe
+from pyfast_dpo.ops.checks import (
+    check_flags,
+    check_label_options,
+    check_labels_in_range,
+    check_logits_and_labels,
+    describe,
+)
 from pyfast_dpo.ops.dispatch import Impl, use_kernels_for
 
 
@@ -100,15 +106,19 @@ def checked_logps(
 ) -> tuple[Tensor, Tensor]:
     """Checks, then (sequence log-probs [B], token log-probs with the shape of labels)."""
     check_logits_and_labels(function, logits, labels, logits_name)
+    check_label_options(function, shift, ignore_index, validate)
+    check_flags(function, average=average, inplace_backward=inplace_backward)
     if function == "sequence_logps" and logits.dim() != 3:
         raise ValueError(f"{function}: logits must have shape [B, T, V], got {describe(logits)}")
     use_kernels = use_kernels_for(function, impl, logits)
     compiling = torch.compiler.is_compiling()
     if validate is None:
         validate = logits.device.type == "cpu" and not compiling
-    # On the CPU the operator checks its labels itself; this check costs a small batch more than the operator.
-    if validate and not (use_kernels and logits.device.type == "cpu"):
-        check_labels_in_range(function, labels, logits.shape[-1], ignore_index)
+    # On the CPU the operator checks its labels itself; this check costs a small batch more than the operator. There
+    # nothing waits for a device, so that plain torch checks them whatever `validate` says.
+    on_cpu = logits.device.type == "cpu" and not compiling
+    if (validate and not (use_kernels and on_cpu)) or (on_cpu and not use_kernels):
+        check_labels_in_range(function, labels, logits.shape[-1], ignore_index, shift)
     if not use_kernels:
         if inplace_backward:
             raise ValueError(f"{function}: inplace_backward needs the kernels, not impl='torch'")
@@ -127,7 +137,9 @@ def checked_logps(
         try:
             sequences, tokens, *_ = operators.seq_logp(*arguments)
         except RuntimeError:
-            check_labels_in_range(function, labels.view(shape), logits.shape[-1], ignore_index)
+            check_labels_in_range(
+                function, labels.view(shape), logits.shape[-1], ignore_index, shift
+            )
             raise
     return sequences, tokens.reshape(shape)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast_dpo.ops.checks import check_same_device, check_tensor, describe
+from pyfast_dpo.ops.checks import check_label_options, check_same_device, check_tensor, describe
 from pyfast_dpo.ops.labels import shifted_labels
 
 
@@ -72,7 +72,13 @@ class CompletionRows:
 
         On CUDA this waits for the device once: the number of rows is read. `shift` as in `token_logps`.
         """
-        check_tensor("CompletionRows.from_labels", "labels", labels)
+        name = "CompletionRows.from_labels"
+        check_tensor(name, "labels", labels)
+        check_label_options(name, shift, ignore_index)
+        if labels.dtype != torch.int64 or labels.dim() == 0:
+            raise TypeError(f"{name}: labels must be int64 [..., T], got {describe(labels)}")
+        if labels.is_meta:
+            raise ValueError(f"{name}: labels must have values, got {describe(labels)}")
         if shift:
             labels = shifted_labels(labels, ignore_index)
         scored = labels != ignore_index

@@ -48,7 +48,12 @@ def one_constant(
         return None
     if not isinstance(value, Tensor):
         check_finite(function, name, value)
+        if abs(float(value)) > torch.finfo(like.dtype).max:
+            raise ValueError(f"{function}: {name} must be within {like.dtype}, got {value}")
         return like.new_full((1,), float(value))
+    check_tensor(function, name, value)
+    if value.is_complex() or (value.device != like.device and value.is_meta):
+        raise TypeError(f"{function}: {name} must be one real number, got {describe(value)}")
     if value.numel() != 1:
         raise ValueError(f"{function}: {name} must be one number, got {describe(value)}")
     check_constants(function, **{name: value})

@@ -156,7 +156,7 @@ def preference_loss(
         total = weighted if total is None else total + weighted
     assert total is not None
     if rewards is None:
-        rewards = [beta * ratio.detach() for ratio in inputs.log_ratios()]
+        rewards = [float(beta) * ratio.detach() for ratio in inputs.log_ratios()]
     return PreferenceLoss(total, *rewards)
 
 

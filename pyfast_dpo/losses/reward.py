@@ -52,4 +52,4 @@ def reward_loss(
     losses, *_ = loss_of_term(term, inputs, use_kernels_for(name, impl, chosen))
     if center_rewards_coefficient == 0:
         return losses
-    return losses + center_rewards_coefficient * (chosen + rejected) ** 2
+    return losses + float(center_rewards_coefficient) * (chosen + rejected) ** 2

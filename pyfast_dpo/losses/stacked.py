@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pyfast_dpo.losses.arguments import one_constant
 from pyfast_dpo.losses.pairs import PreferenceLoss, preference_loss
 from pyfast_dpo.losses.table import (
     LossType,
@@ -17,6 +18,7 @@ from pyfast_dpo.losses.table import (
 )
 from pyfast_dpo.ops.checks import check_per_sequence
 from pyfast_dpo.ops.dispatch import Impl
+from pyfast_dpo.ops.dtypes import statistics_dtype
 
 
 class StackedLoss(NamedTuple):
@@ -47,6 +49,13 @@ class StackedLoss(NamedTuple):
         rest = dict(options)
         margins = rest.pop("margins", None)
         check_per_sequence(function, pairs, like, margins=margins)
+        if "bco_shift" in rest:
+            rest["bco_shift"] = one_constant(
+                function,
+                "bco_shift",
+                rest["bco_shift"],
+                like.new_empty(0, dtype=statistics_dtype(like.dtype)),
+            )
         return cls(loss_type, beta, label_smoothing, rest, margins, tuple(terms), impl)
 
     @property

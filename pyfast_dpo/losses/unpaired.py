@@ -124,7 +124,7 @@ def _unpaired_loss(
     center = one_constant(name, "kl", kl, policy)
     shift = one_constant(name, "bco_shift", bco_shift, policy)
     if center is None:
-        center = policy.new_zeros(1) if shift is None else shift / beta
+        center = policy.new_zeros(1) if shift is None else shift / float(beta)
     weights = (float(beta), float(desirable_weight), float(undesirable_weight))
     if use_kernels_for(name, impl, policy):
         return UnpairedLoss(
@@ -134,7 +134,7 @@ def _unpaired_loss(
         )
     logratios = policy if reference_values is None else policy - reference_values
     losses = oracle.UNPAIRED_FORMULAS[formula](logratios, is_desirable, center, *weights)
-    return UnpairedLoss(losses, beta * logratios.detach())
+    return UnpairedLoss(losses, weights[0] * logratios.detach())
 
 
 def kto_kl(policy_kl_logps: Tensor, reference_kl_logps: Tensor, *, clamp: bool = True) -> Tensor:

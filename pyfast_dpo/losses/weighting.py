@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyfast_dpo.ops.checks import check_number, check_tensor, describe
+from pyfast_dpo.ops.checks import (
+    check_label_options,
+    check_number,
+    check_same_device,
+    check_tensor,
+    describe,
+)
+from pyfast_dpo.ops.dtypes import LOGITS_DTYPES
 from pyfast_dpo.ops.labels import shifted_labels
 
 
@@ -30,6 +37,9 @@ def ld_token_weights(
     """
     name = "ld_token_weights"
     check_tensor(name, "labels", labels)
+    check_label_options(name, shift, ignore_index)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: labels must be int64, got {describe(labels)}")
     _check_ld_alpha(name, ld_alpha)
     if labels.dim() != 2 or labels.shape[0] % 2:
         raise ValueError(
@@ -55,6 +65,8 @@ def ld_row_weights(
     """
     name = "ld_row_weights"
     _check_ld_alpha(name, ld_alpha)
+    if not isinstance(lengths, (list, tuple)) or any(type(n) is not int or n < 0 for n in lengths):
+        raise TypeError(f"{name}: lengths must be a list of numbers of tokens, got {lengths!r}")
     if len(lengths) % 2:
         raise ValueError(
             f"{name}: lengths must be of 2P sequences, chosen first, got {len(lengths)}"
@@ -100,6 +112,14 @@ def wpo_weights(
             f"{name}: log_sum_sq_probs must have shape {list(token_logps.shape)}, "
             f"got {describe(log_sum_sq_probs)}"
         )
+    scored_or_counts, given = ("mask", mask) if counts is None else ("counts", counts)
+    for argument, value in (("log_sum_sq_probs", log_sum_sq_probs), (scored_or_counts, given)):
+        check_tensor(name, argument, value)
+        assert isinstance(value, Tensor)
+        check_same_device(name, "token_logps", token_logps, argument, value)
+    for argument, value in (("token_logps", token_logps), ("log_sum_sq_probs", log_sum_sq_probs)):
+        if value.dtype not in LOGITS_DTYPES:
+            raise TypeError(f"{name}: {argument} must be floating point, got {describe(value)}")
     gaps = (token_logps - log_sum_sq_probs).detach()
     if mask is not None:
         if mask.shape != token_logps.shape or mask.dim() != 2:
@@ -116,6 +136,15 @@ def wpo_weights(
             raise ValueError(
                 f"{name}: counts must have shape [S] and token_logps [R], "
                 f"got {describe(counts)} and {describe(token_logps)}"
+            )
+        if counts.dtype != torch.int64:
+            raise TypeError(f"{name}: counts must be int64, got {describe(counts)}")
+        if counts.device.type == "cpu" and (
+            bool((counts < 0).any()) or int(counts.sum()) != token_logps.shape[0]
+        ):
+            raise ValueError(
+                f"{name}: counts must not be negative and add up to the {token_logps.shape[0]} rows of "
+                f"token_logps, got {counts.tolist()}"
             )
         # deterministic, and with unsafe it does not wait for the device to check the counts
         totals = torch.segment_reduce(gaps, "sum", lengths=counts, unsafe=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyfast_dpo.numpy.arrays import FloatArray, describe
+from pyfast_dpo.numpy.arrays import FloatArray, as_array, describe
 from pyfast_dpo.ops import _C
 
 _IGNORED = -100  # label of a position that is not scored; masked positions take it
@@ -28,8 +28,8 @@ def compute_sequence_logprob(
         TypeError, ValueError: wrong dtypes, shapes, mask values; a token out of range.
     """
     name = "compute_sequence_logprob"
-    z, ids = np.asarray(logits), np.asarray(tokens)
-    scored = np.ones(ids.shape, np.bool_) if mask is None else np.asarray(mask)
+    z, ids = as_array(name, "logits", logits), as_array(name, "tokens", tokens)
+    scored = np.ones(ids.shape, np.bool_) if mask is None else as_array(name, "mask", mask)
     if z.dtype.newbyteorder("=") not in (np.float64, np.float32, np.float16):
         raise TypeError(f"{name}: logits must be float64, float32 or float16, got {describe(z)}")
     if not np.issubdtype(ids.dtype, np.integer):
@@ -44,6 +44,8 @@ def compute_sequence_logprob(
         )
     if scored.shape != ids.shape:
         raise ValueError(f"{name}: mask must have shape {list(ids.shape)}, got {describe(scored)}")
+    if scored.dtype.kind not in "biuf":
+        raise TypeError(f"{name}: mask must hold bool or 0 and 1, got {describe(scored)}")
     if scored.dtype != np.bool_ and not np.isin(scored, (0, 1)).all():
         raise ValueError(f"{name}: mask must hold bool or 0 and 1, got {describe(scored)}")
     scored = scored.astype(np.bool_)
@@ -58,6 +60,6 @@ def compute_sequence_logprob(
     # Kernels read native, aligned rows in place, whatever the strides of the leading dimensions.
     readable = rows.dtype.isnative and rows.flags.aligned and rows.strides[-1] == rows.itemsize
     if not readable:
-        rows = np.ascontiguousarray(rows, dtype=rows.dtype.newbyteorder("="))
+        rows = np.require(rows, rows.dtype.newbyteorder("="), ["C", "ALIGNED"])
     labels = np.where(scored, ids.astype(np.int64), _IGNORED).reshape(rows.shape[:-1])
     return _C.sequence_logps(rows, np.ascontiguousarray(labels)).reshape(z.shape[:-2])

@@ -39,4 +39,6 @@ def mean(values: NDArray[Any]) -> float:
     if values.size == 0:
         return 0.0
     wide = values.astype(np.float64)
+    if not np.isfinite(wide[0]):  # differences from it would be no numbers
+        return float(wide.mean())
     return float(wide[0] + (wide - wide[0]).mean())

@@ -115,11 +115,12 @@ def _pair_loss(
     terms = check_pair_options(
         function, loss_type, beta, margins=rest[2], bco_shift=bco_shift, **options
     )
+    beta = float(beta)
     names = (
         "policy_chosen_logp", "policy_rejected_logp", "ref_chosen_logp", "ref_rejected_logp",
         "chosen_lengths", "rejected_lengths", "margins",
     )  # fmt: skip
-    arrays = arrays_of(function, names, (*logps, *rest))
+    arrays = arrays_of(function, names, (*logps, *rest), 2)
     for first, second in ((2, 3), (4, 5)):
         if (arrays[first] is None) != (arrays[second] is None):
             raise ValueError(

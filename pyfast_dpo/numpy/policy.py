@@ -44,7 +44,7 @@ def ppo_loss(
     if clip_ratio >= 1:
         raise ValueError(f"{name}: clip_ratio must be in [0, 1), got {clip_ratio}")
     names = ("new_log_probs", "old_log_probs", "advantages")
-    new, old, gains = arrays_of(name, names, (new_log_probs, old_log_probs, advantages))
+    new, old, gains = arrays_of(name, names, (new_log_probs, old_log_probs, advantages), 3)
     losses, gradient = _C.ppo_loss(new, old, gains, float(clip_ratio))
     return PPOResult(mean(losses), gradient / max(len(losses), 1))
 

@@ -43,14 +43,16 @@ def reward_loss(
     """
     name = "reward_loss"
     check_weight(name, "center_rewards_coefficient", center_rewards_coefficient)
-    arrays = arrays_of(name, ("chosen", "rejected", "margins"), (chosen, rejected, margins))
+    arrays = arrays_of(name, ("chosen", "rejected", "margins"), (chosen, rejected, margins), 2)
     better, worse, margin_values = arrays
     assert better is not None and worse is not None
     (term,) = check_pair_options(name, "sigmoid", 1.0)
     inputs = (better, worse, None, None, None, None, margin_values, None)
     losses, _, _, *slopes = _C.pair_loss(*inputs, *term.formula_options())
-    total = better + worse
-    losses = losses + center_rewards_coefficient * total**2
-    pairs = max(len(losses), 1)
-    grads = [(slope + 2 * center_rewards_coefficient * total) / pairs for slope in slopes]
+    pull, pairs = float(center_rewards_coefficient), max(len(losses), 1)
+    if pull:  # 0 times an infinite score would be NaN
+        total = better + worse
+        losses = losses + pull * total**2
+        slopes = [slope + 2 * pull * total for slope in slopes]
+    grads = [slope / pairs for slope in slopes]
     return RewardResult(mean(losses), grads[0], grads[1])

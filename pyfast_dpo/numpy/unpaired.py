@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyfast_dpo.losses.table import UNPAIRED_LOSSES, check_unpaired_constants
-from pyfast_dpo.numpy.arrays import FloatArray, arrays_of, describe
+from pyfast_dpo.numpy.arrays import FloatArray, arrays_of, as_array, describe
 from pyfast_dpo.numpy.metrics import mean, metrics_of
 from pyfast_dpo.ops import _C
 from pyfast_dpo.ops.checks import check_beta, check_finite, check_weight
@@ -90,16 +90,16 @@ def _unpaired_loss(
         check_weight(name, "kl", kl)
     if bco_shift is not None:
         check_finite(name, "bco_shift", bco_shift)
-    policy, reference = arrays_of(name, ("policy_logp", "ref_logp"), (policy_logp, ref_logp))
+    policy, reference = arrays_of(name, ("policy_logp", "ref_logp"), (policy_logp, ref_logp), 1)
     assert policy is not None
-    desirable = np.asarray(is_desirable)
+    desirable = as_array(name, "is_desirable", is_desirable)
     if desirable.dtype != np.bool_:
         raise TypeError(f"{name}: is_desirable must be bool, got {describe(desirable)}")
     if desirable.shape != policy.shape:
         raise ValueError(
             f"{name}: is_desirable must have shape {list(policy.shape)}, got {describe(desirable)}"
         )
-    center = float(kl or 0.0) if bco_shift is None else bco_shift / beta
+    center = float(kl or 0.0) if bco_shift is None else float(bco_shift) / float(beta)
     losses, rewards, gradient = _C.unpaired_loss(
         policy,
         reference,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 
 import torch
@@ -20,6 +19,27 @@ def describe(value: object) -> str:
 def check_tensor(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a torch.Tensor, got {describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{function}: {name} must be a dense tensor, got {value.layout} {describe(value)}"
+        )
+
+
+def check_flags(function: str, **flags: object) -> None:
+    """True or False: what is merely true, such as a string, would mean one thing here and another there."""
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise TypeError(f"{function}: {name} must be True or False, got {describe(value)}")
+
+
+def check_label_options(
+    function: str, shift: object, ignore_index: object, validate: object = None
+) -> None:
+    check_flags(function, shift=shift, **({} if validate is None else {"validate": validate}))
+    if type(ignore_index) is not int:
+        raise TypeError(f"{function}: ignore_index must be an int, got {describe(ignore_index)}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{function}: ignore_index must be within int64, got {ignore_index}")
 
 
 def check_logits_and_labels(
@@ -56,9 +76,16 @@ def check_same_device(
         )
 
 
-def check_labels_in_range(function: str, labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Reads the labels (a device synchronization on CUDA) and raises for the first one outside [0, vocab)."""
+def check_labels_in_range(
+    function: str, labels: Tensor, vocab: int, ignore_index: int, shift: bool = False
+) -> None:
+    """Reads the labels (a device synchronization on CUDA) and raises for the first one outside [0, vocab).
+
+    With `shift` no position scores the first label, which may be anything, as for the kernels.
+    """
     bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    if shift:
+        bad[..., :1] = False
     if bool(bad.any()):
         index = [int(i) for i in bad.nonzero()[0]]
         raise ValueError(
@@ -95,17 +122,30 @@ def check_number(function: str, name: str, value: object) -> None:
     """A tensor is refused too: its gradient would be lost."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a number, got {describe(value)}")
+    if isinstance(value, int) and not -(2**53) <= value <= 2**53:
+        raise ValueError(f"{function}: {name} must be a float or an int within 2^53, got {value}")
 
 
 def check_finite(function: str, name: str, value: float) -> None:
     check_number(function, name, value)
-    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
+    most = torch.finfo(
+        torch.float32
+    ).max  # kernels compute in it; torch.compile cannot trace math.isfinite
+    if not -most <= value <= most:
         raise ValueError(f"{function}: {name} must be finite, got {value}")
+
+
+def check_positive(function: str, name: str, value: float) -> None:
+    """Positive and finite in float32 as well, in which kernels and half types compute."""
+    check_number(function, name, value)
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= value <= limits.max:
+        raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
 
 
 def check_beta(function: str, beta: float) -> None:
     check_number(function, "beta", beta)
-    if not (0 < beta < float("inf")):
+    if not 0 < beta <= torch.finfo(torch.float32).max:
         raise ValueError(f"{function}: beta must be positive and finite, got {beta}")
 
 
@@ -117,7 +157,7 @@ def check_label_smoothing(function: str, label_smoothing: float) -> None:
 
 def check_weight(function: str, name: str, weight: float) -> None:
     check_number(function, name, weight)
-    if not (0 <= weight < float("inf")):
+    if not 0 <= weight <= torch.finfo(torch.float32).max:  # in which losses are computed
         raise ValueError(f"{function}: {name} must be finite and not negative, got {weight}")
 
 
@@ -147,7 +187,9 @@ def check_unpaired_options(
         )
     if not isinstance(kl, Tensor):
         check_finite(function, "kl", kl)
-    elif kl.numel() != 1:
+        if abs(kl) > torch.finfo(torch.float32).max:
+            raise ValueError(f"{function}: kl must be within float32, got {kl}")
+    elif kl.numel() != 1 or kl.layout != torch.strided:
         raise ValueError(f"{function}: kl must be one number, got {describe(kl)}")
     else:
         check_constants(function, kl=kl)

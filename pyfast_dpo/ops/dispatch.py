@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pyfast_dpo.ops import operators
 from pyfast_dpo.ops.checks import check_choice
 
 Impl = Literal["auto", "fused", "torch"]
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Also of devices that have no autocast, of which torch's own question is an error."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def use_kernels_for(function: str, impl: Impl, like: Tensor) -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch  # loads libtorch, which _C links against
 from torch import Tensor
@@ -46,6 +47,7 @@ rms_norm = _namespace.rms_norm
 rms_norm_backward = _namespace.rms_norm_backward
 HEAD_PANEL_ROWS: int = _C.head_panel_rows()  # the CPU's products take rows in such lots
 
+Fake = TypeVar("Fake", bound=Callable[..., Any])
 _HAS_KERNELS = {"cpu": True, "cuda": bool(_C.build_facts()["cuda"])}
 
 
@@ -53,10 +55,37 @@ def has_kernels(device_type: str) -> bool:
     return _HAS_KERNELS.get(device_type, False)
 
 
+def _fake(name: str) -> Callable[[Fake], Fake]:
+    """Registers what gives an operator's outputs their shapes, where a tensor has no data.
+
+    A call that mixes real tensors and such ones comes here too: it must not get real outputs that nothing fills.
+    """
+
+    def register(function: Fake) -> Fake:
+        arguments = getattr(_namespace, name).default._schema.arguments
+
+        def checked(*args: Any, **options: Any) -> Any:
+            given = {a.name: (a.type, v) for a, v in zip(arguments, args, strict=False)}
+            tensors = [n for n, (kind, _) in given.items() if isinstance(kind, torch.TensorType)]
+            missing = [n for n in tensors if given[n][1] is None]
+            torch._check(not missing, lambda: f"pyfast_dpo::{name}: {missing} must not be None")
+            devices = {n: v.device.type for n, (_, v) in given.items() if isinstance(v, Tensor)}
+            if devices.get("blocks") == "cpu":
+                del devices["blocks"]  # there whatever the others are on
+            message = f"pyfast_dpo::{name}: tensors must be on one device, got {devices}"
+            torch._check(len(set(devices.values())) <= 1, lambda: message)
+            return function(*args, **options)
+
+        torch.library.register_fake(f"pyfast_dpo::{name}", checked)
+        return function
+
+    return register
+
+
 # --- log-probs of labels ------------------------------------------------------------------------
 
 
-@torch.library.register_fake("pyfast_dpo::seq_logp")
+@_fake("seq_logp")
 def _(logits, labels, ignore_index, shift, average, inplace_backward):
     torch._check(logits.dim() == 3, lambda: "pyfast_dpo::seq_logp: logits must be [B, T, V]")
     batch, length, _ = logits.shape
@@ -69,7 +98,7 @@ def _(logits, labels, ignore_index, shift, average, inplace_backward):
     return per_sequence[0], *per_row, per_sequence[1]
 
 
-@torch.library.register_fake("pyfast_dpo::seq_logp_backward")
+@_fake("seq_logp_backward")
 def _(
     grad_sequence,
     grad_token,
@@ -86,8 +115,8 @@ def _(
     return logits.new_empty(logits.shape, dtype=out_dtype)
 
 
-@torch.library.register_fake("pyfast_dpo::seq_logp_backward_")
-@torch.library.register_fake("pyfast_dpo::seq_logp_backward_out")
+@_fake("seq_logp_backward_")
+@_fake("seq_logp_backward_out")
 def _(*args):
     return None
 
@@ -124,22 +153,22 @@ torch.library.register_autograd(
 # --- losses on log-probs ------------------------------------------------------------------------
 
 
-@torch.library.register_fake("pyfast_dpo::pair_loss")
+@_fake("pair_loss")
 def _(policy_chosen, *rest):
     return tuple(torch.empty_like(policy_chosen) for _ in range(3))
 
 
-@torch.library.register_fake("pyfast_dpo::pair_loss_backward")
+@_fake("pair_loss_backward")
 def _(grad_losses, policy_chosen, *rest):
     return torch.empty_like(policy_chosen), torch.empty_like(policy_chosen)
 
 
-@torch.library.register_fake("pyfast_dpo::unpaired_loss")
+@_fake("unpaired_loss")
 def _(policy, *rest):
     return torch.empty_like(policy), torch.empty_like(policy)
 
 
-@torch.library.register_fake("pyfast_dpo::unpaired_loss_backward")
+@_fake("unpaired_loss_backward")
 def _(grad_losses, policy, *rest):
     return torch.empty_like(policy)
 
@@ -180,14 +209,14 @@ torch.library.register_autograd(
 # --- losses of a policy, which hand their gradient on as coefficients of tokens -------------------------
 
 
-@torch.library.register_fake("pyfast_dpo::policy_loss")
+@_fake("policy_loss")
 def _(logps, old, reference, advantages, correction, mask, offsets, *options):
     per_token = [torch.empty_like(logps) for _ in range(4)]
     clipped = logps.new_empty(logps.shape, dtype=torch.int8)
     return logps.new_empty((offsets.shape[0] - 1,)), *per_token, clipped
 
 
-@torch.library.register_fake("pyfast_dpo::gae")
+@_fake("gae")
 def _(rewards, values, *rest):
     return torch.empty_like(rewards, memory_format=torch.contiguous_format)
 
@@ -233,13 +262,13 @@ torch.library.register_autograd(
 )
 
 
-@torch.library.register_fake("pyfast_dpo::row_statistics")
+@_fake("row_statistics")
 def _(logits, targets, row_max=None):
     entropy, mean, log_sum_sq = (logits.new_empty((logits.shape[0],)) for _ in range(3))
     return entropy, mean, logits.new_empty((logits.shape[0],), dtype=torch.bool), log_sum_sq
 
 
-@torch.library.register_fake("pyfast_dpo::scale_")
+@_fake("scale_")
 def _(values, factor):
     return None
 
@@ -247,17 +276,17 @@ def _(values, factor):
 # --- the lm_head on the CPU: building blocks of pyfast_dpo.logprobs.linear, which has their gradients --------
 
 
-@torch.library.register_fake("pyfast_dpo::head_logits_")
+@_fake("head_logits_")
 def _(out, rows, weight):
     return None
 
 
-@torch.library.register_fake("pyfast_dpo::head_grad_rows")
+@_fake("head_grad_rows")
 def _(gradient, weight):
     return gradient.new_empty((gradient.shape[0], weight.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("pyfast_dpo::head_grad_weight_")
+@_fake("head_grad_weight_")
 def _(out, gradient, rows, accumulate, total):
     return None
 
@@ -265,7 +294,7 @@ def _(out, gradient, rows, accumulate, total):
 # --- attention over rows of shared prompts, on the CPU ---------------------------------------------
 
 
-@torch.library.register_fake("pyfast_dpo::shared_prompt_attention")
+@_fake("shared_prompt_attention")
 def _(query, key, value, blocks, scale, window):
     tokens, heads, _ = query.shape
     return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(
@@ -273,7 +302,7 @@ def _(query, key, value, blocks, scale, window):
     )
 
 
-@torch.library.register_fake("pyfast_dpo::shared_prompt_attention_backward")
+@_fake("shared_prompt_attention_backward")
 def _(grad_output, query, key, value, *rest):
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -302,17 +331,17 @@ torch.library.register_autograd(
 # --- linear layers, on the CPU ------------------------------------------------------------------
 
 
-@torch.library.register_fake("pyfast_dpo::linear_")
+@_fake("linear_")
 def _(out, rows, weight, low_rows=None, low_weight=None):
     return None
 
 
-@torch.library.register_fake("pyfast_dpo::linear_grad_rows")
+@_fake("linear_grad_rows")
 def _(gradient, weight, low_gradient=None, low_weight=None):
     return gradient.new_empty((gradient.shape[0], weight.shape[1]))
 
 
-@torch.library.register_fake("pyfast_dpo::linear_grad_weight")
+@_fake("linear_grad_weight")
 def _(gradient, rows):
     return gradient.new_empty((gradient.shape[1], rows.shape[1]))
 
@@ -320,24 +349,24 @@ def _(gradient, rows):
 # --- gates of feed-forward layers and norms, on the CPU ---------------------------------------------
 
 
-@torch.library.register_fake("pyfast_dpo::silu_gate")
+@_fake("silu_gate")
 def _(gate, up):
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("pyfast_dpo::silu_gate_backward")
+@_fake("silu_gate_backward")
 def _(grad_output, gate, up):
     return tuple(torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
 
 
-@torch.library.register_fake("pyfast_dpo::rms_norm")
+@_fake("rms_norm")
 def _(input, weight, epsilon):
     rows = math.prod(input.shape[:-1])
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     return output, input.new_empty((rows,))
 
 
-@torch.library.register_fake("pyfast_dpo::rms_norm_backward")
+@_fake("rms_norm_backward")
 def _(grad_output, input, weight, inverse, of_weight):
     grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
     return grad_input, weight.new_empty(weight.shape if of_weight else (0,))

@@ -141,3 +141,41 @@ def test_equal_rewards_cost_ln_2_to_the_bit() -> None:
 def test_reward_options_are_checked(options, words) -> None:
     with pytest.raises(ValueError, match=f"reward_loss: {words}"):
         reward_loss(torch.zeros(3), torch.zeros(3), **options)
+
+
+ROWS = torch.zeros(5)
+# counts, beside 5 rows; beyond them segment_reduce would read what lies behind
+BAD_COUNTS = [
+    (torch.tensor([2, 4]), "must not be negative and add up to the 5 rows"),
+    (torch.tensor([2, 2]), "must not be negative and add up to the 5 rows"),
+    (torch.tensor([7, -2]), "must not be negative"),
+    (torch.tensor([2, 3], dtype=torch.int32), "must be int64"),
+    (torch.tensor([2.0, 3.0]), "must be int64"),
+    ([2, 3], "must be a torch.Tensor"),
+    (torch.tensor([2, 3], device="meta"), "must be on the device of token_logps"),
+]
+
+
+@pytest.mark.parametrize("counts, words", BAD_COUNTS, ids=[row[1] for row in BAD_COUNTS])
+def test_counts_that_are_not_those_of_the_rows_are_refused(counts, words) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"wpo_weights: counts {words}"):
+        wpo_weights(ROWS, ROWS, counts=counts)
+
+
+@pytest.mark.parametrize("lengths", [5, None, [1.0, 2.0], [1, -1], torch.tensor([1, 2]), "12"])
+def test_lengths_that_are_no_numbers_of_tokens_are_refused(lengths) -> None:
+    with pytest.raises(TypeError, match="ld_row_weights: lengths must be a list"):
+        ld_row_weights(lengths, 0.5)
+
+
+@pytest.mark.parametrize(
+    "labels, options, words",
+    [
+        (torch.zeros(2, 3), {}, "labels must be int64"),
+        (torch.zeros(2, 3).long(), {"shift": "x"}, "shift must be True or False"),
+        (torch.zeros(2, 3).long(), {"ignore_index": None}, "ignore_index must be an int"),
+    ],
+)
+def test_labels_and_their_options_are_checked(labels, options, words) -> None:
+    with pytest.raises(TypeError, match=f"ld_token_weights: {words}"):
+        ld_token_weights(labels, 0.5, **options)
