@@ -1,6 +1,6 @@
-// pyfast_dpo.ops._arena: torch's CPU allocator with large tensors in an Arena. An allocator is a C++
-// class of torch's, outside of its stable ABI: this module serves the release of torch it was built
-// with, and is not imported by others.
+// pyfast_dpo.ops._arena: torch's CPU allocator with large tensors in an Arena. An allocator is a
+// C++ class of torch's, outside of its stable ABI: this module serves the release of torch it was
+// built with, and is not imported by others.
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <pybind11/pybind11.h>
