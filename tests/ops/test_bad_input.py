@@ -252,6 +252,8 @@ WITH_BETA = (*PAIR, "fused_ipo_loss", *UNPAIRED)
 BAD_OPTIONS: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     # functions, options, error, what the message says of the value
     *[(WITH_BETA, {"beta": b}, ValueError, f"got {b}") for b in (0, 0.0, -0.1, NAN, INF, -INF)],
+    # 0 in float32, where it divides a margin: NaN
+    *[(WITH_BETA, {"beta": b}, ValueError, f"got {b}") for b in (1e-320, 1e-45, 1e39)],
     (WITH_BETA, {"beta": "0.1"}, TypeError, "got str '0.1'"),
     (WITH_BETA, {"beta": None}, TypeError, "got NoneType None"),
     # a tensor's gradient would be lost
