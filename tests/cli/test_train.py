@@ -319,7 +319,8 @@ def test_a_name_that_nobody_has_is_told_as_such(files, tmp_path, monkeypatch):
     def unknown(*args, **kwargs):
         raise OSError("org/none is not a local folder and is not a valid model identifier\nmore")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", unknown)
+    for loader in ("AutoConfig", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{loader}.from_pretrained", unknown)
     with pytest.raises(
         SystemExit,
         match="--model org/none: there is no such folder, and not as a name of the Hub: org/none is not",
