@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyfast_dpo.logprobs.head import Head
 from pyfast_dpo.logprobs.rows import CompletionRows
+from pyfast_dpo.ops import dispatch
 from pyfast_dpo.ops.checks import (
     check_constants,
     check_label_options,
@@ -133,7 +134,7 @@ def completion_rows(
     """
     check_label_options(function, shift, ignore_index, validate)
     vocab = head.weight.shape[0]
-    validate = bool(validate) or hidden.device.type == "cpu"  # there nothing waits for a device
+    validate = bool(validate) or not dispatch.on_gpu(hidden)  # elsewhere nothing waits for a device
     if rows is None:
         assert labels is not None
         if validate:

@@ -19,6 +19,7 @@ from pyfast_dpo import (
     linear_sequence_logps,
     linear_token_logps,
 )
+from pyfast_dpo.ops import dispatch
 
 BUDGETS = [
     (1 << 20, "all units in one chunk"),
@@ -125,7 +126,9 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable head", "frozen head"])
 @pytest.mark.parametrize("budget", [1 << 20, 4 * 211 * 5], ids=["one chunk", "oversize units"])
-def test_a_step_with_rows_waits_for_no_device(trainable, budget):
+def test_a_step_with_rows_waits_for_no_device(trainable, budget, monkeypatch):
+    """What runs on a GPU, on these tensors."""
+    monkeypatch.setattr(dispatch, "on_gpu", lambda tensor: True)
     hidden, weight, _, labels = problem()
     rows = CompletionRows.from_labels(labels)
     hidden.requires_grad_(), weight.requires_grad_(trainable)

@@ -114,7 +114,7 @@ BAD = [
     (lambda: (draw(3, 4), draw(12)), "up must have .*\\[3, 4\\].*got .*\\[12\\]", "as many elements"),
     (lambda: (draw(3, 4), draw(3, 4).bfloat16()), "up must have dtype Float.*got dtype BFloat16", "two dtypes"),
     (lambda: (draw(3, 4).double(), draw(3, 4).double()), "gate must be float32, .*got dtype Double", "float64"),
-    (lambda: (torch.ones(3, dtype=torch.int64),) * 2, "gate must be float32, .*got dtype Long", "integers"),
+    (lambda: (torch.ones(3, dtype=torch.int64),) * 2, "gate must be float64, float32, .*got dtype Long", "integers"),
 ]  # fmt: skip
 
 
