@@ -184,7 +184,7 @@ class LogProbFunction:
             torch.full((1,), count, device=targets.device),
             (count,),
         )
-        completion_rows(name, hidden, head, None, rows, False, -100, None)
+        completion_rows(name, hidden, head.weight.shape[0], None, rows, False, -100, None)
         hidden = under_autocast(hidden)
         plan = Plan(rows, 1, rows_in_budget(name, None, head))
         wanted = [output for output in outputs if output != "log_probs"]

@@ -228,7 +228,9 @@ def loss_of(
     head = checked_head(name, hidden, weight, bias, logit_scale, softcap)
     check_labels_or_rows(name, hidden, labels, rows)
     max_rows = rows_in_budget(name, max_chunk_bytes, head)
-    found = completion_rows(name, hidden, head, labels, rows, shift, ignore_index, validate)
+    found = completion_rows(
+        name, hidden, head.weight.shape[0], labels, rows, shift, ignore_index, validate
+    )
     check_row_weights(name, found, row_weights)
     plan = Plan(found, _checked_group(name, group, len(found.lengths)), max_rows)
     if not use_kernels_for(name, impl, hidden):
@@ -279,7 +281,9 @@ def _scored_tokens(
     head = checked_head(function, hidden, weight, bias, logit_scale, softcap)
     check_labels_or_rows(function, hidden, labels, rows)
     max_rows = rows_in_budget(function, max_chunk_bytes, head)
-    found = completion_rows(function, hidden, head, labels, rows, shift, ignore_index, validate)
+    found = completion_rows(
+        function, hidden, head.weight.shape[0], labels, rows, shift, ignore_index, validate
+    )
     if not use_kernels_for(function, impl, hidden):
         return _torch_tokens(_torch_logits(hidden, head, found), found), found
     hidden = under_autocast(hidden)

@@ -121,7 +121,7 @@ def check_labels_or_rows(
 def completion_rows(
     function: str,
     hidden: Tensor,
-    head: Head,
+    vocab: int | None,
     labels: Tensor | None,
     rows: CompletionRows | None,
     shift: bool,
@@ -130,19 +130,21 @@ def completion_rows(
 ) -> CompletionRows:
     """The rows that were given, or those of the labels; checked against hidden and the vocabulary.
 
-    Without `validate`, on CUDA, a target outside the vocabulary makes its row NaN.
+    Without `validate`, on CUDA, or where no process knows the whole vocabulary (None), a target outside of it
+    makes its row NaN.
     """
     check_label_options(function, shift, ignore_index, validate)
-    vocab = head.weight.shape[0]
     validate = bool(validate) or not dispatch.on_gpu(hidden)  # elsewhere nothing waits for a device
     if rows is None:
         assert labels is not None
-        if validate:
+        if validate and vocab is not None:
             check_labels_in_range(function, labels, vocab, ignore_index, shift)
         return CompletionRows.from_labels(labels, shift=shift, ignore_index=ignore_index)
     if validate and rows.index.numel():
         states = hidden.shape[:-1].numel()
         for name, values, end in (("index", rows.index, states), ("targets", rows.targets, vocab)):
+            if end is None:
+                continue
             low, high = (int(t) for t in values.aminmax())
             if low < 0 or high >= end:
                 raise ValueError(

@@ -125,7 +125,7 @@ def _tokens(
     check_labels_or_rows(function, hidden, labels, rows)
     max_rows = rows_in_budget(function, max_chunk_bytes, head)
     use_kernels_for(function, "fused", hidden)
-    found = completion_rows(function, hidden, head, labels, rows, shift, ignore_index, False)
+    found = completion_rows(function, hidden, None, labels, rows, shift, ignore_index, False)
     if vocab_start is None:
         vocab_start = dist.get_rank(group) * weight.shape[0]
     tokens = VocabParallelLogps.apply(
