@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
 	@echo "make test       build everything and run every test"
-	@echo "make test-fast  what one runs after every edit: everything that takes no trainer, no compiler, no process"
+	@echo "make test-fast  what one runs after every edit: the rooms below the trainers, without compilers and processes"
 	@echo "make test-crash kills training at 20 random moments and resumes it (minutes; SEED=... for others)"
 	@echo "make fuzz       random calls of every operator and function under the sanitizers (10 minutes)"
 	@echo "make bench      measure everything against its peers; writes bench/results (an hour)"
@@ -61,8 +61,10 @@ demo: $(VENV)/.demo-model
 test: $(VENV)/.peers
 	$(BIN)/python -m pytest
 
+# Without trainers, compilers and processes.
+FAST_ROOMS := house ops losses logprobs numpy layout rollout
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -x -m "not slow"
+	$(BIN)/python -m pytest -q -x -m "not slow" $(FAST_ROOMS:%=tests/%)
 
 SEED ?= 1
 test-crash: $(VENV)/.installed

@@ -14,7 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "numerics: arithmetic of the CPU kernels; test_cpu_capability.py repeats these for every instruction set",
     )
-    config.addinivalue_line("markers", "slow: a minute or more; `make test-fast` leaves it out")
+    config.addinivalue_line("markers", "slow: seconds or more; `make test-fast` leaves it out")
 
 
 @pytest.fixture(scope="module")

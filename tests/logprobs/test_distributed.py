@@ -22,6 +22,7 @@ from pyfast_dpo.logprobs.vocab_parallel import (
     vocab_parallel_token_logps,
 )
 
+pytestmark = pytest.mark.slow  # four processes
 RANKS, VOCAB = 4, 212
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 OPTIONS = [

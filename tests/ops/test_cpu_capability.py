@@ -33,7 +33,7 @@ import pyfast_dpo
 from pyfast_dpo import token_logps
 from pyfast_dpo.ops import _C
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 TESTS = Path(__file__).resolve().parents[1]
 VARIABLE = "PYFAST_DPO_CPU_CAPABILITY"
 LEVELS = _C.build_facts()["cpu_kernels"]  # what was built, each containing the one before

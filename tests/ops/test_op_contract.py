@@ -360,6 +360,7 @@ def graphs_for(
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "mark_dynamic"])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -367,16 +368,19 @@ def test_one_compiled_graph_serves_changing_lengths_and_batches(step, inplace, d
     assert graphs_for(step, SIZES, "aot_eager", dynamic, inplace_backward=inplace) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_two_compiled_graphs_serve_single_pairs_too(step) -> None:
     sizes = [*SIZES[:2], ONE_PAIR, SIZES[3], (2, 11)]
     assert graphs_for(step, sizes, "aot_eager", None) <= 2
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_loss() -> None:
     assert graphs_for(dpo_step, SIZES[:3], "inductor", None, inplace_backward=True) == 1
 
 
+@pytest.mark.slow
 def test_compiled_losses_on_log_probs_serve_changing_batches() -> None:
     torch._dynamo.reset()
     counters.clear()
@@ -398,6 +402,7 @@ def test_compiled_losses_on_log_probs_serve_changing_batches() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_compiled_function_takes_changing_beta() -> None:
     """A schedule of beta must give the right loss, whatever dynamo does with the number."""
     logits, labels = random_logits(4, 5, 33), random_labels(4, 5, vocab=33)
@@ -410,6 +415,7 @@ def test_compiled_function_takes_changing_beta() -> None:
         torch.testing.assert_close(step(beta), fused_dpo_loss(logits, labels, beta=beta).loss)
 
 
+@pytest.mark.slow
 def test_compiled_label_out_of_range_still_raises_on_the_cpu() -> None:
     """The public check reads the labels and is left out of a graph; the operator has its own."""
     step = torch.compile(
