@@ -26,6 +26,7 @@ struct Ratio {
 };
 
 constexpr double kMostLogRatio = 20;
+constexpr double kLeastLogWeight = -18.420680743952367;  // log 1e-8, of VESPO's weights
 
 template <class T>
 PFD_HD inline Ratio<T> ratio_of(T log_ratio) {
@@ -99,7 +100,7 @@ struct Vespo {
     const bool positive = advantage >= T(0);
     const T k = T(positive ? options.vespo_k_pos : options.vespo_k_neg);
     const T lambda = T(positive ? options.vespo_lambda_pos : options.vespo_lambda_neg);
-    const T least = T(-18.420680743952367), most = T(kMostLogRatio);  // log 1e-8
+    const T least = T(kLeastLogWeight), most = T(kMostLogRatio);
     const T x = log_ratio < least ? least : log_ratio > most ? most : log_ratio;
     const T weight = exp(lambda + k * x - lambda * exp(x)) * advantage;
     return {-scaled(weight, logp), -weight, T(0)};
@@ -169,7 +170,7 @@ PFD_HD inline T bounded_log_ratio_at(const PolicyLossParams& p, int64_t t) {
   const T most = T(kMostLogRatio), x = log_ratio_at<T>(p, t);
   T share = x < -most ? -most : x > most ? most : x;
   if (p.correction != nullptr) {
-    const T least = T(-18.420680743952367);
+    const T least = T(kLeastLogWeight);
     const T other = log(static_cast<const T*>(p.correction)[t]);
     share += other < least ? least : other > most ? most : other;
   }

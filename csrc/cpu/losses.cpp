@@ -1,19 +1,11 @@
 // The loss table over arrays of one number a sequence. B is small: one thread, plain loops.
 #include "common/losses.h"
 
+#include "cpu/dispatch_stat.h"
 #include "cpu/kernels.h"
 
 namespace pyfast_dpo::cpu {
 namespace {
-
-template <class Function>
-void dispatch_stat(DType dtype, Function&& function) {
-  if (dtype == DType::kFloat64) {
-    function(TypeTag<double>{});
-  } else {
-    function(TypeTag<float>{});
-  }
-}
 
 // Calls visit(tag of T, i, outcome) for every pair.
 template <class Visit>

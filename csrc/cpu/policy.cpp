@@ -1,19 +1,11 @@
 // Policy losses over sequences of tokens, and advantages. A token takes nanoseconds: one thread.
 #include "common/gae.h"
 #include "common/losses.h"
+#include "cpu/dispatch_stat.h"
 #include "cpu/kernels.h"
 
 namespace pyfast_dpo::cpu {
 namespace {
-
-template <class Function>
-void dispatch_stat(DType dtype, Function&& function) {
-  if (dtype == DType::kFloat64) {
-    function(TypeTag<double>{});
-  } else {
-    function(TypeTag<float>{});
-  }
-}
 
 template <class Loss, class T>
 void policy_loss_of_sequence(const PolicyLossParams& p, int64_t sequence) {
