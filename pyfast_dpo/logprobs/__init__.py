@@ -12,6 +12,7 @@ from pyfast_dpo.logprobs.fused_linear import (
     fused_linear_ipo_loss,
     fused_linear_kto_loss,
 )
+from pyfast_dpo.logprobs.fused_policy import FusedPolicyLoss, fused_linear_policy_loss
 from pyfast_dpo.logprobs.linear import (
     FusedLinearLoss,
     fused_linear_loss,
@@ -25,6 +26,7 @@ from pyfast_dpo.logprobs.statistics import LinearStatistics
 __all__ = [
     "CompletionRows",
     "FusedLinearLoss",
+    "FusedPolicyLoss",
     "FusedPreferenceLoss",
     "FusedUnpairedLoss",
     "LinearStatistics",
@@ -35,6 +37,7 @@ __all__ = [
     "fused_linear_ipo_loss",
     "fused_linear_kto_loss",
     "fused_linear_loss",
+    "fused_linear_policy_loss",
     "linear_sequence_logps",
     "linear_token_logps",
     "sequence_logps",

@@ -31,6 +31,11 @@ class Head(NamedTuple):
         functions: their gradient of the weight then is never rounded to the dtype of that copy."""
         return cls(weight.to(dtype), None if bias is None else bias.to(dtype), *activation)
 
+    def at_temperature(self, temperature: float) -> Head:
+        """The head whose logits are these over the temperature."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return self._replace(logit_scale=self.logit_scale / temperature, softcap=softcap)
+
     def tile(self, tile: slice) -> Head:
         """The head of some of the vocabulary."""
         bias = None if self.bias is None else self.bias[tile]

@@ -285,7 +285,7 @@ def _scored_tokens(
         function, hidden, head.weight.shape[0], labels, rows, shift, ignore_index, validate
     )
     if not use_kernels_for(function, impl, hidden):
-        return _torch_tokens(_torch_logits(hidden, head, found), found), found
+        return _torch_tokens(torch_logits(hidden, head, found), found), found
     hidden = under_autocast(hidden)
     (tokens,) = LinearLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -310,7 +310,7 @@ def _torch_loss(
     average: bool,
     statistics: bool,
 ) -> FusedLinearLoss:
-    logits = _torch_logits(hidden, head, plan.rows)
+    logits = torch_logits(hidden, head, plan.rows)
     weights = None if row_weights is None else row_weights.to(logits.dtype)
     logps = sums_of_sequences(
         _torch_tokens(logits, plan.rows), plan.rows.counts, weights, average
@@ -325,7 +325,7 @@ def _torch_loss(
     )
 
 
-def _torch_logits(hidden: Tensor, head: Head, rows: CompletionRows) -> Tensor:
+def torch_logits(hidden: Tensor, head: Head, rows: CompletionRows) -> Tensor:
     wide = statistics_dtype(hidden.dtype)
     states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.index)
     logits = torch.nn.functional.linear(

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from pyfast_dpo.layout.attention import takes_shared_prompts
 from pyfast_dpo.layout.batches import Batch, completion_rows, model_inputs
+from pyfast_dpo.logprobs.fused_policy import (
+    FusedPolicyLoss,
+    fused_linear_policy_loss,
+    policy_loss_of_logits,
+)
 from pyfast_dpo.logprobs.head import Head
 from pyfast_dpo.logprobs.linear import FusedLinearLoss, fused_linear_loss, linear_token_logps
 from pyfast_dpo.logprobs.logits import token_logps
@@ -25,6 +30,8 @@ from pyfast_dpo.logprobs.scores import sums_of_sequences
 from pyfast_dpo.logprobs.statistics import torch_row_statistics
 from pyfast_dpo.logprobs.unit_losses import LossFunction
 from pyfast_dpo.model.causal_lm import body_of, causal_lm_of, head_of
+from pyfast_dpo.ops.checks import check_positive
+from pyfast_dpo.ops.dtypes import statistics_dtype
 
 RouterLogits = tuple[Tensor, ...]  # of every layer, [tokens, experts]
 
@@ -40,6 +47,9 @@ class Projection(Protocol):
     def sequence_logps(self, rows: CompletionRows, *, row_weights: Tensor | None = None) -> Tensor:
         """`[S]` sums of the log-probs of the scored tokens, weighted by `row_weights` `[R]`."""
 
+    def token_logps(self, rows: CompletionRows, temperature: float = 1.0) -> Tensor:
+        """`[R]` log-probs of the scored tokens under the logits over the temperature."""
+
     def loss(
         self,
         rows: CompletionRows,
@@ -50,6 +60,19 @@ class Projection(Protocol):
     ) -> FusedLinearLoss:
         """As `pyfast_dpo.fused_linear_loss`, with statistics."""
 
+    def policy_loss(
+        self,
+        rows: CompletionRows,
+        *,
+        advantages: Tensor,
+        normalizer: Tensor | float,
+        temperature: float = 1.0,
+        entropy_coef: float = 0.0,
+        entropy_normalizer: Tensor | float | None = None,
+        **options: Any,
+    ) -> FusedPolicyLoss:
+        """As `pyfast_dpo.fused_linear_policy_loss`, with statistics."""
+
 
 class LinearProjection:
     """From hidden states `[..., H]` and the head, in chunks of the scored rows."""
@@ -57,29 +80,28 @@ class LinearProjection:
     def __init__(
         self, hidden: Tensor, head: Head, router_logits: RouterLogits | None = None
     ) -> None:
-        self._hidden, self._weight = hidden, head.weight
+        self._hidden, self._head = hidden, head
         self.router_logits = router_logits
-        self._options: dict[str, Any] = {
-            "bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap,
-        }  # fmt: skip
 
     def states(self, rows: CompletionRows) -> Tensor:
         return self._hidden.flatten(0, -2)[rows.index]
 
     def sequence_logps(self, rows: CompletionRows, *, row_weights: Tensor | None = None) -> Tensor:
-        tokens = linear_token_logps(self._hidden, self._weight, rows=rows, **self._options)
-        return sums_of_sequences(tokens, rows.counts, row_weights, average=False)
+        return sums_of_sequences(self.token_logps(rows), rows.counts, row_weights, average=False)
+
+    def token_logps(self, rows: CompletionRows, temperature: float = 1.0) -> Tensor:
+        check_positive("token_logps", "temperature", temperature)
+        head = self._head.at_temperature(temperature)
+        return linear_token_logps(self._hidden, rows=rows, **head._asdict())
 
     def loss(self, rows: CompletionRows, loss_fn: LossFunction, **options: Any) -> FusedLinearLoss:
         return fused_linear_loss(
-            self._hidden,
-            self._weight,
-            None,
-            loss_fn,
-            rows=rows,
-            statistics=True,
-            **self._options,
-            **options,
+            self._hidden, labels=None, loss_fn=loss_fn, rows=rows, statistics=True, **self._head._asdict(), **options
+        )  # fmt: skip
+
+    def policy_loss(self, rows: CompletionRows, **options: Any) -> FusedPolicyLoss:
+        return fused_linear_policy_loss(
+            self._hidden, rows=rows, statistics=True, **self._head._asdict(), **options
         )
 
 
@@ -94,8 +116,10 @@ class LogitsProjection:
         return self._logits[rows.index]
 
     def sequence_logps(self, rows: CompletionRows, *, row_weights: Tensor | None = None) -> Tensor:
-        tokens = token_logps(self.states(rows), rows.targets)
-        return sums_of_sequences(tokens, rows.counts, row_weights, average=False)
+        return sums_of_sequences(self.token_logps(rows), rows.counts, row_weights, average=False)
+
+    def token_logps(self, rows: CompletionRows, temperature: float = 1.0) -> Tensor:
+        return token_logps(self._logits_at(rows, temperature), rows.targets)
 
     def loss(
         self,
@@ -114,6 +138,25 @@ class LogitsProjection:
         loss, outputs = returned if isinstance(returned, tuple) else (returned, ())
         statistics = torch_row_statistics(logits.float(), rows.targets)
         return FusedLinearLoss(loss.to(logps.dtype), logps.detach(), outputs, statistics)
+
+    def policy_loss(
+        self,
+        rows: CompletionRows,
+        *,
+        temperature: float = 1.0,
+        entropy_coef: float = 0.0,
+        entropy_normalizer: Tensor | float | None = None,
+        **options: Any,
+    ) -> FusedPolicyLoss:
+        logits = self._logits_at(rows, temperature)
+        return policy_loss_of_logits(logits, rows, entropy_coef, entropy_normalizer, **options)
+
+    def _logits_at(self, rows: CompletionRows, temperature: float) -> Tensor:
+        check_positive("token_logps", "temperature", temperature)
+        logits = self.states(rows)
+        if temperature == 1.0:
+            return logits
+        return logits.to(statistics_dtype(logits.dtype)) / temperature
 
 
 # --- the model's call -------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import pytest
 
 CORE = {
     "pyfast_dpo": (
-        "BcoShift CompletionRows FusedLinearLoss LinearStatistics __version__ build_info fused_dpo_loss "
+        "BcoShift CompletionRows FusedLinearLoss FusedPolicyLoss LinearStatistics __version__ build_info fused_dpo_loss "
         "fused_ipo_loss fused_kto_loss fused_linear_dpo_loss fused_linear_ipo_loss fused_linear_kto_loss "
-        "fused_linear_loss gae group_advantages kto_kl kto_loss ld_row_weights ld_token_weights linear_sequence_logps "
+        "fused_linear_loss fused_linear_policy_loss gae group_advantages kto_kl kto_loss ld_row_weights ld_token_weights linear_sequence_logps "
         "linear_token_logps policy_loss policy_normalizer preference_loss reward_loss rloo_advantages sampling_correction sequence_logps token_logps unpaired_loss "
         "value_loss wpo_weights"
     ),
