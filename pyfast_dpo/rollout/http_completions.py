@@ -72,21 +72,17 @@ def completions_of(
     choices, n = answer["choices"], body["n"]
     if len(choices) != n or not all(isinstance(choice, dict) for choice in choices):
         refuse(f"{len(choices)} responses where n = {n} were asked")
-    by_index = {choice.get("index"): choice for choice in choices}
-    if set(by_index) != set(range(n)):
-        refuse(f"responses must be numbered 0 to {n - 1}, got {[c.get('index') for c in choices]}")
+    numbers = [choice.get("index") for choice in choices]
+    if any(type(number) is not int for number in numbers) or sorted(numbers) != list(range(n)):
+        refuse(f"responses must be numbered 0 to {n - 1}, got {numbers}")
     responses = []
-    for index in range(n):
-        choice = by_index[index]
-        read = choice.get("prompt_token_ids")
-        if read is not None and read != body["prompt"]:
-            refuse(
-                f"the prompt was read as {len(read)} tokens, not as the {len(body['prompt'])} sent"
-            )
+    for choice in sorted(choices, key=lambda choice: choice["index"]):
+        if choice.get("prompt_token_ids") not in (None, body["prompt"]):
+            refuse("the prompt was read as other tokens than were sent")
         try:
             responses.append(_completion(choice, sampling, version))
         except ValueError as problem:
-            refuse(f"response {index}: {problem}")
+            refuse(f"response {choice['index']}: {problem}")
     if sampling.temperature > 0 and not leaves_out(sampling):
         seen: set[tuple[int, ...]] = set()
         for response in responses:

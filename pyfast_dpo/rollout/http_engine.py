@@ -34,9 +34,12 @@ class HTTPEngine:
     next server. An answer is used only if it is of the model asked for, to the prompt asked about, and complete.
 
     The servers hold the model that the adapter is trained on, in the dtype of the trainer if log-probs are to agree.
-    vLLM:
+    Tested with vLLM 0.32:
 
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank 16
+
+    SGLang (`--enable-lora`) is asked as its source says, and has not been tried. Several processes that train together
+    need one engine: the trainer's main process speaks to the servers for all.
 
     Log-probs are those of `Completion`: at the sampler's temperature, before tokens are left out. Servers differ in
     what they give, so that they are asked by a small request where it matters. vLLM's default (`raw_logprobs`) serves

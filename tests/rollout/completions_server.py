@@ -26,10 +26,14 @@ class CompletionsServer(ThreadingHTTPServer):
     Attributes:
         kind: which log-probs it gives: "raw" and "processed" are vLLM's modes, "scaled" is SGLang's way.
         maker: "vllm" or "sglang", which differ in routes and names.
-        faults: one for each completion request to come, a key of `FAULTS` or None; without any it behaves.
+        faults: one for each completion request to come, None for none: "late"; "hangs up" without an answer; "dies" in
+            the middle of it; a status such as "503"; "html"; a key of `WRONG_ANSWERS`.
+        load_faults: the same of the requests that load and unload adapters.
         requests: the bodies of the completion requests that came.
+        calls: how many requests came, by path.
+        authorizations: the keys that came.
         adapters: the loaded ones by name.
-        most: completion requests that were under way at once.
+        most: requests that were under way at once.
     """
 
     daemon_threads = True
@@ -42,6 +46,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.load_faults: deque[str | None] = deque()
         self.requests: list[dict[str, Any]] = []
         self.calls: Counter[str] = Counter()
+        self.authorizations: set[str | None] = set()
         self.adapters: dict[str, TransformersEngine] = {}
         self.base = TransformersEngine(make_model())
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -141,6 +146,7 @@ WRONG_ANSWERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "one too few": lambda a: a["choices"].pop(),
     "one too many": lambda a: a["choices"].append(dict(a["choices"][0], index=len(a["choices"]))),
     "one twice": lambda a: a["choices"].__setitem__(-1, a["choices"][0]),
+    "without numbers": _of_choice(lambda c: c.pop("index")),
     "an old version": lambda a: a.update(model="policy-v1"),
     "no choices": lambda a: a.pop("choices"),
     "another prompt": _of_choice(lambda c: c.update(prompt_token_ids=[3])),
@@ -176,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with self.server.lock:
             self.server.under_way += 1
+            self.server.authorizations.add(self.headers["Authorization"])
         self._answer(200, self.server.models())
 
     def do_POST(self) -> None:
@@ -184,6 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = "" if server.maker == "sglang" else "/v1"
         with server.lock:
             server.calls[self.path] += 1
+            server.authorizations.add(self.headers["Authorization"])
             if self.path == "/v1/completions":
                 server.requests.append(body)
             queue = server.faults if self.path == "/v1/completions" else server.load_faults
