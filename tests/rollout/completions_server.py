@@ -17,7 +17,6 @@ from pyfast_dpo.rollout import Completion, Sampling, TransformersEngine
 from pyfast_dpo.rollout.sampler import Sampler
 
 BASE = "tiny"
-LATE = 0.5  # seconds
 
 
 class CompletionsServer(ThreadingHTTPServer):
@@ -26,6 +25,7 @@ class CompletionsServer(ThreadingHTTPServer):
     Attributes:
         kind: which log-probs it gives: "raw" and "processed" are vLLM's modes, "scaled" is SGLang's way.
         maker: "vllm" or "sglang", which differ in routes and names.
+        late: seconds that "late" takes.
         faults: one for each completion request to come, None for none: "late"; "hangs up" without an answer; "dies" in
             the middle of it; a status such as "503"; "html"; a key of `WRONG_ANSWERS`.
         load_faults: the same of the requests that load and unload adapters.
@@ -42,6 +42,7 @@ class CompletionsServer(ThreadingHTTPServer):
     def __init__(self, kind: str = "scaled", maker: str = "vllm", port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.kind, self.maker = kind, maker
+        self.late = 0.0
         self.faults: deque[str | None] = deque()
         self.load_faults: deque[str | None] = deque()
         self.requests: list[dict[str, Any]] = []
@@ -212,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         self, fault: str | None, action: Callable[[dict[str, Any]], Any], body: dict[str, Any]
     ) -> None:
         if fault == "late":
-            time.sleep(LATE)
+            time.sleep(self.server.late)
         elif fault == "hangs up":
             self.close_connection = True
             return

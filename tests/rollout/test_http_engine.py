@@ -34,9 +34,9 @@ def server():
         yield server
 
 
-@pytest.mark.parametrize("fault", ["dies", "hangs up", "late", "500", "503"])
+@pytest.mark.parametrize("fault", ["dies", "hangs up", "500", "503"])
 def test_what_may_pass_is_tried_again_and_no_more_often_than_said(server, fault) -> None:
-    engine = HTTPEngine(server.url, timeout=0.2, retries=2)
+    engine = HTTPEngine(server.url, retries=2)
     expected = engine.generate(PROMPTS, 2, SAMPLING)
     calls = len(server.requests)
     server.faults.extend([fault, None, fault])
@@ -44,13 +44,26 @@ def test_what_may_pass_is_tried_again_and_no_more_often_than_said(server, fault)
     assert len(server.requests) == calls + len(PROMPTS) + 2
     server.requests.clear()
     server.faults.extend([fault] * 9)
-    started = time.monotonic()
+    words = f"HTTP {fault}: fault" if fault.isdigit() else r"[A-Z]\w+: "
     with pytest.raises(
-        RolloutError, match=r"no answer after 3 tries: http://127\.0\.0\.1:\d+/v1/completions: "
-    ) as error:
+        RolloutError, match=rf"no answer after 3 tries: {server.url}/v1/completions: {words}"
+    ):
         engine.generate(PROMPTS[:1], 2, SAMPLING)
-    assert time.monotonic() - started < 5 and len(server.requests) == 3
-    assert ("no answer within 0.2 s" if fault == "late" else f"HTTP {fault}: fault" if fault.isdigit() else "") in str(error.value)  # fmt: skip
+    assert len(server.requests) == 3
+
+
+def test_a_late_answer_is_tried_again_and_not_waited_for(server) -> None:
+    server.late = 10.0
+    expected = HTTPEngine(server.url).generate(PROMPTS[:1], 2, SAMPLING)
+    engine = HTTPEngine(server.url, timeout=1.0, retries=1)
+    server.faults.append("late")
+    assert engine.generate(PROMPTS[:1], 2, SAMPLING) == expected
+    server.requests.clear()
+    server.faults.extend(["late"] * 9)
+    started = time.monotonic()
+    with pytest.raises(RolloutError, match=r"after 2 tries: .* no answer within 1 s"):
+        engine.generate(PROMPTS[:1], 2, SAMPLING)
+    assert time.monotonic() - started < 9 and len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -106,6 +119,7 @@ def test_one_bad_answer_among_many_ends_the_call_and_what_was_waiting(server) ->
 
 def test_requests_under_way_are_bounded_and_more_than_one(server) -> None:
     engine = HTTPEngine(server.url, max_requests=3)
+    server.late = 0.5
     server.faults.extend(["late"] * 3)
     engine.generate(PROMPTS * 3, 2, SAMPLING)
     assert server.most == 3
