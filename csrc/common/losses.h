@@ -42,6 +42,6 @@ struct LossList {
 using PairLosses = LossList<Sigmoid, Robust, Hinge, Ipo, ExoPair, DiscoPop, NcaPair, BcoPair,
                             SppoHard, ApoZero, ApoDown, Sft, Orpo>;
 using UnpairedLosses = LossList<Kto, Bco>;
-using PolicyLosses = LossList<Clip, Cispo, Sapo, Vespo, Reinforce>;
+using PolicyLosses = LossList<Clip, ClipOfSum, Cispo, Sapo, Vespo, Reinforce>;
 
 }  // namespace pyfast_dpo

@@ -37,12 +37,17 @@ PFD_HD inline Ratio<T> ratio_of(T log_ratio) {
   return {value, value};
 }
 
+// What a loss says of its log-ratio, unless it says otherwise.
+struct OfToken {
+  static constexpr bool kOfSum = false;          // the sequence's is the sum, not the mean
+  static constexpr bool kCorrectsRatio = false;  // a foreign sampler's weight is part of it
+};
+
 // PPO's clipped objective (Schulman et al. 2017, eq. 7) with bounds of their own below and above
 // (DAPO, Yu et al. 2025, eq. 10): -min(r A, clip(r) A). delta bounds r itself where A < 0 (dual
 // clip, Ye et al. 2020, eq. 5).
-struct Clip {
+struct Clip : OfToken {
   static constexpr const char* name = "clip";
-  static constexpr bool kOfSum = false;
   template <class T>
   PFD_HD static PolicyValue<T> eval(T, T log_ratio, T advantage, const PolicyOptions& options) {
     const Ratio<T> ratio = ratio_of(log_ratio);
@@ -61,10 +66,16 @@ struct Clip {
   }
 };
 
+// The same of the ratio of a whole sequence, e^(sum of its log-ratios) (RLOO, Ahmadian et al. 2024,
+// with the clip of its implementations).
+struct ClipOfSum : Clip {
+  static constexpr const char* name = "clip_of_sum";
+  static constexpr bool kOfSum = true;
+};
+
 // CISPO (MiniMax-M1, Chen et al. 2025, eq. 4): -sg(min(r, bound)) A logp.
-struct Cispo {
+struct Cispo : OfToken {
   static constexpr const char* name = "cispo";
-  static constexpr bool kOfSum = false;
   template <class T>
   PFD_HD static PolicyValue<T> eval(T logp, T log_ratio, T advantage,
                                     const PolicyOptions& options) {
@@ -75,9 +86,8 @@ struct Cispo {
 };
 
 // SAPO (Gao et al. 2025): -A (4 / t) sigmoid(t (r - 1)), a temperature t for each sign of A.
-struct Sapo {
+struct Sapo : OfToken {
   static constexpr const char* name = "sapo";
-  static constexpr bool kOfSum = false;
   template <class T>
   PFD_HD static PolicyValue<T> eval(T, T log_ratio, T advantage, const PolicyOptions& options) {
     const Ratio<T> ratio = ratio_of(log_ratio);
@@ -91,9 +101,10 @@ struct Sapo {
 
 // VESPO: -sg(phi(W)) A logp, phi(W) = e^l W^k e^(-l W) with phi(1) = 1, W the sequence's ratio, (k,
 // l) by the sign of A. log W is held within (log 1e-8, 20).
-struct Vespo {
+struct Vespo : OfToken {
   static constexpr const char* name = "vespo";
   static constexpr bool kOfSum = true;
+  static constexpr bool kCorrectsRatio = true;
   template <class T>
   PFD_HD static PolicyValue<T> eval(T logp, T log_ratio, T advantage,
                                     const PolicyOptions& options) {
@@ -108,9 +119,8 @@ struct Vespo {
 };
 
 // REINFORCE (Williams 1992): -A logp.
-struct Reinforce {
+struct Reinforce : OfToken {
   static constexpr const char* name = "reinforce";
-  static constexpr bool kOfSum = false;
   template <class T>
   PFD_HD static PolicyValue<T> eval(T logp, T, T advantage, const PolicyOptions&) {
     return {-scaled(advantage, logp), -advantage, T(0)};
@@ -187,7 +197,7 @@ PFD_HD inline PolicyValue<T> evaluate_policy_token(const PolicyLossParams& p, in
   const T own = p.sequence_level ? sequence_log_ratio : log_ratio_at<T>(p, t);
   PolicyValue<T> value =
       Loss::template eval<T>(logp, Loss::kOfSum ? sequence_log_ratio : own, advantage, p.options);
-  if (p.correction != nullptr && !Loss::kOfSum) {
+  if (p.correction != nullptr && !Loss::kCorrectsRatio) {
     const T weight = static_cast<const T*>(p.correction)[t];
     value.loss = scaled(weight, value.loss);
     value.d_logp *= weight;

@@ -15,7 +15,7 @@ void policy_loss_of_sequence(const PolicyLossParams& p, int64_t sequence) {
   for (int64_t t = range.first; t < range.last; ++t) {
     if (!is_scored(p, t)) continue;
     ++scored;
-    log_ratios += Loss::kOfSum ? bounded_log_ratio_at<T>(p, t) : log_ratio_at<T>(p, t);
+    log_ratios += Loss::kCorrectsRatio ? bounded_log_ratio_at<T>(p, t) : log_ratio_at<T>(p, t);
   }
   const double count = static_cast<double>(scored > 0 ? scored : 1);
   const T log_ratio = T(Loss::kOfSum ? log_ratios : log_ratios / count);
@@ -34,7 +34,7 @@ void policy_loss_of_sequence(const PolicyLossParams& p, int64_t sequence) {
   }
   static_cast<T*>(p.sequence_losses)[sequence] = T(weight * loss);
   if (!p.sequence_level) return;
-  const T shared = T(weight * (slopes / count));
+  const T shared = T(weight * (Loss::kOfSum ? slopes : slopes / count));
   for (int64_t t = range.first; t < range.last; ++t) {
     if (is_scored(p, t)) coefficients[t] += shared;
   }

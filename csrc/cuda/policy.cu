@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1) policy_kernel(PolicyLossParams p)
     for (int64_t t = range.first + threadIdx.x; t < range.last; t += kThreads) {
       if (!is_scored(p, t)) continue;
       ++own.count;
-      own.first += Loss::kOfSum ? bounded_log_ratio_at<S>(p, t) : log_ratio_at<S>(p, t);
+      own.first += Loss::kCorrectsRatio ? bounded_log_ratio_at<S>(p, t) : log_ratio_at<S>(p, t);
     }
     const Sums ratios = everywhere(own);
     const double count = static_cast<double>(ratios.count > 0 ? ratios.count : 1);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1) policy_kernel(PolicyLossParams p)
     const Sums totals = everywhere(own);
     if (threadIdx.x == 0) static_cast<S*>(p.sequence_losses)[sequence] = S(weight * totals.first);
     if (!p.sequence_level) continue;
-    const S shared = S(weight * (totals.second / count));
+    const S shared = S(weight * (Loss::kOfSum ? totals.second : totals.second / count));
     for (int64_t t = range.first + threadIdx.x; t < range.last; t += kThreads) {
       if (is_scored(p, t)) coefficients[t] += shared;
     }

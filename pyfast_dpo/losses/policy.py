@@ -57,10 +57,10 @@ def policy_loss(
         reference_logps: of the shape of logps, constants, for the penalty of weight `beta`.
         importance_sampling_ratio: of the shape of logps, constants: weighs the policy's term of a token
             sampled by another engine, see `sampling_correction`; the penalty is not weighed.
-        loss_type: a name of `POLICY_LOSS_NAMES`: "ppo", "grpo", "bnpo", "dapo", "dr_grpo", "luspo" (clipped
-            ratio), "cispo", "sapo", "vespo", "reinforce".
+        loss_type: a name of `POLICY_LOSS_NAMES`: "ppo", "grpo", "bnpo", "dapo", "dr_grpo", "luspo", "rloo"
+            (clipped ratio), "cispo", "sapo", "vespo", "reinforce".
         level: "token", or "sequence": the ratio is e^(mean log-ratio of the sequence), as GSPO (Zheng et al.
-            2025, eq. 5); "luspo" needs it.
+            2025, eq. 5); "luspo" and "rloo" need it, "rloo" with e^(sum of its log-ratios).
         options: epsilon (0.2), epsilon_high (epsilon; for "cispo" the largest ratio, 5), delta (none; the
             largest ratio where the advantage is negative), sapo_temperature_pos, sapo_temperature_neg,
             vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, beta (0), kl_estimator ("k3"; "k1",
@@ -126,7 +126,7 @@ def policy_normalizer(
 
     Args:
         loss_type: "ppo", "bnpo", "dapo", "cispo", "vespo", "reinforce": the scored tokens; "grpo", "sapo",
-            "luspo": the sequences with any; "dr_grpo": the sequences times `max_completion_length`.
+            "luspo", "rloo": the sequences with any; "dr_grpo": the sequences times `max_completion_length`.
         lengths: `[S]` scored tokens of every sequence.
 
     Returns:

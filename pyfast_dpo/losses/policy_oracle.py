@@ -52,6 +52,7 @@ def reinforce(logps: Tensor, ratios: Tensor, advantages: Tensor, term: PolicyTer
 
 FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor, PolicyTerm], Tensor]] = {
     "clip": clip,
+    "clip_of_sum": clip,
     "cispo": cispo,
     "sapo": sapo,
     "vespo": vespo,
@@ -98,7 +99,10 @@ def policy_loss(
     log_ratios = logps - older
     if advantages.shape[0] != tokens or advantages.shape[0] == sequences:
         advantages = advantages[owner]
-    level = (per_sequence(log_ratios) / lengths)[owner] if term.sequence_level else log_ratios
+    level = log_ratios
+    if term.sequence_level:
+        sums = per_sequence(log_ratios)
+        level = (sums if term.spec.formula == "clip_of_sum" else sums / lengths)[owner]
     ratios = ratio_of(level)
     if term.spec.formula == "vespo":
         shares = log_ratios.clamp(-MOST, MOST)
@@ -116,7 +120,7 @@ def policy_loss(
     losses, kl = torch.where(scored, losses, 0.0), torch.where(scored, kl, 0.0)
     ratios = torch.where(scored, ratios, 1.0)
     clipped = torch.zeros_like(owner, dtype=torch.int8)
-    if term.spec.formula in ("clip", "cispo"):
+    if term.spec.formula in ("clip", "clip_of_sum", "cispo"):
         low, high = 1 - term.epsilon, 1 + term.epsilon_high
         if term.spec.formula == "cispo":
             low, high = -1.0, term.epsilon_high

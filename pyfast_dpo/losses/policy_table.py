@@ -29,6 +29,7 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "dapo": PolicyLossSpec("clip", False, "tokens", _CLIP),
     "dr_grpo": PolicyLossSpec("clip", False, "longest", _CLIP),
     "luspo": PolicyLossSpec("clip", False, "sequences", _CLIP, ("sequence",)),
+    "rloo": PolicyLossSpec("clip_of_sum", True, "sequences", _CLIP, ("sequence",)),
     "cispo": PolicyLossSpec("cispo", False, "tokens", frozenset({"epsilon_high"})),
     "sapo": PolicyLossSpec(
         "sapo", True, "sequences", frozenset({"sapo_temperature_pos", "sapo_temperature_neg"})
@@ -100,7 +101,7 @@ def check_policy_options(
     check_weight(function, "beta", beta)
     check_choice(function, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     check_weight(function, "epsilon", epsilon)
-    if epsilon >= 1 and spec.formula == "clip":
+    if epsilon >= 1 and "epsilon" in spec.options:
         raise ValueError(f"{function}: epsilon must be in [0, 1), got {epsilon}")
     is_cispo = spec.formula == "cispo"
     if epsilon_high is None:

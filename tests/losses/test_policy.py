@@ -102,6 +102,25 @@ def test_float32_is_as_exact_as_torch(name, level) -> None:
             assert error <= allowed, f"{error:.2g} for {allowed:.2g}"
 
 
+def test_rloo_is_the_clip_of_the_product_of_a_sequence_s_ratios() -> None:
+    """TRL's formula, from whole sequences; the loss is the mean over them."""
+    inputs = problem()
+    _, gradient = run(inputs, "fused", loss_type="rloo", level="sequence", epsilon=0.3)
+    leaf = inputs["logps"].clone().requires_grad_()
+    ratios = torch.stack([part.sum() for part in (leaf - inputs["old_logps"]).split(LENGTHS)]).exp()
+    gains = inputs["advantages"]
+    terms = -torch.minimum(ratios * gains, ratios.clamp(0.7, 1.3) * gains)
+    there = torch.tensor(LENGTHS) > 0
+    loss = terms[there].sum() / 3.0
+    correction = inputs["importance_sampling_ratio"]
+    plain, plain_gradient = run(
+        {k: v for k, v in inputs.items() if v is not correction}, "fused", loss_type="rloo", level="sequence", epsilon=0.3
+    )  # fmt: skip
+    torch.testing.assert_close(plain.loss, loss)
+    torch.testing.assert_close(plain_gradient, torch.autograd.grad(loss, leaf)[0])
+    assert not torch.equal(gradient, plain_gradient), "a foreign sampler's weights count"
+
+
 # --- by hand ------------------------------------------------------------------------------------------
 
 
@@ -137,9 +156,9 @@ def test_what_was_sampled_by_this_policy_has_ratio_one_and_gradient_minus_the_ad
     inputs = problem(torch.float32)
     counts, advantages = inputs["counts"], inputs["advantages"]
     logps = inputs["logps"].requires_grad_()
-    weights = (
-        counts.clamp(min=1).reciprocal() if POLICY_LOSSES[name].sequence_means else torch.ones(5)
-    )
+    # The ratio of a whole sequence moves with each of its tokens undivided.
+    means = POLICY_LOSSES[name].sequence_means and name != "rloo"
+    weights = counts.clamp(min=1).reciprocal() if means else torch.ones(5)
     expected = -(weights * advantages).repeat_interleave(counts)
     gradients = []
     for old in (None, logps.detach()):
@@ -258,7 +277,7 @@ def test_any_cut_of_a_step_gives_the_same_gradient(name, level) -> None:
 @pytest.mark.parametrize(
     "name, expected",
     [("ppo", 8), ("dapo", 8), ("bnpo", 8), ("cispo", 8), ("vespo", 8), ("reinforce", 8), ("grpo", 2),
-     ("sapo", 2), ("luspo", 2), ("dr_grpo", 20)],
+     ("sapo", 2), ("luspo", 2), ("rloo", 2), ("dr_grpo", 20)],
 )  # fmt: skip
 def test_normalizer(name, expected) -> None:
     """An empty sequence is none."""
