@@ -3,6 +3,7 @@
 from pyfast_dpo.data.loading import load_rows
 from pyfast_dpo.data.prepare import prepare_pairs, prepare_unpaired
 from pyfast_dpo.data.prepared import PreparedDataset
+from pyfast_dpo.data.prompts import prepare_prompts
 from pyfast_dpo.data.report import DataReport
 from pyfast_dpo.data.streams import StreamedDataset
 from pyfast_dpo.layout.padded_collators import (
@@ -24,5 +25,6 @@ __all__ = [
     "StreamedDataset",
     "load_rows",
     "prepare_pairs",
+    "prepare_prompts",
     "prepare_unpaired",
 ]

@@ -82,7 +82,7 @@ def prepare_pairs(
     examples_of = functools.partial(
         _pair, tokenize=TextTokenizer(tokenizer, max_length), given=dict(chat_template_kwargs or {})
     )
-    return _prepared(rows, examples_of, iter, name, num_proc)
+    return prepare_rows(rows, examples_of, lambda row: PAIR_COLUMNS, iter, name, num_proc)
 
 
 def prepare_unpaired(
@@ -115,7 +115,14 @@ def prepare_unpaired(
         tokenize=TextTokenizer(tokenizer, max_length),
         given=dict(chat_template_kwargs or {}),
     )
-    return _prepared(rows, examples_of, _with_mismatched_completions, name, num_proc)
+    return prepare_rows(
+        rows,
+        examples_of,
+        lambda row: PAIR_COLUMNS if is_pair(row) else UNPAIRED_COLUMNS,
+        _with_mismatched_completions,
+        name,
+        num_proc,
+    )
 
 
 # One row -------------------------------------------------------------------------------------------------
@@ -169,18 +176,20 @@ def _mask(response: str, mask: np.ndarray | None) -> Example:
 # Rows and their account ----------------------------------------------------------------------------------
 
 
-def _prepared(
+def prepare_rows(
     rows: Iterable[Row],
     examples_of: Callable[[Row], Outcome],
+    columns_of: Callable[[Row], tuple[str, ...]],
     finish: Finish,
     name: str,
     num_proc: int | None,
 ) -> PreparedDataset | StreamedDataset:
+    """The examples of rows, which have the columns that their first one asks for."""
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"dataset: num_proc must be None or positive, got {num_proc}")
     # What `datasets` keeps in columns has None for every field that only other rows have.
     outcome_of = functools.partial(_outcome, examples_of=examples_of, filled=is_of_datasets(rows))
-    first_checked = functools.partial(_first_checked, unpaired=finish is not iter)
+    first_checked = functools.partial(_first_checked, columns_of=columns_of)
     if not isinstance(rows, Sized):
         stream = functools.partial(_stream, first_checked, outcome_of, finish)
         return StreamedDataset(rows, stream, name)
@@ -232,7 +241,7 @@ def _outcome(row: Any, examples_of: Callable[[Row], Outcome], filled: bool) -> O
 
 
 def _first_checked(
-    numbered: Iterable[tuple[int, Row]], unpaired: bool
+    numbered: Iterable[tuple[int, Row]], columns_of: Callable[[Row], tuple[str, ...]]
 ) -> Iterator[tuple[int, Row]]:
     """The rows; a first one of another kind than expected means that all are."""
     first = True
@@ -242,9 +251,8 @@ def _first_checked(
                 raise TypeError(
                     f"dataset: row {number} must be a mapping, got {type(row).__name__}"
                 )
-            columns = UNPAIRED_COLUMNS if unpaired and not is_pair(row) else PAIR_COLUMNS
             try:
-                check_columns(row, columns)
+                check_columns(row, columns_of(row))
             except UnusableRow as reason:
                 raise ValueError(f"dataset: row {number} has {reason}") from None
             first = False

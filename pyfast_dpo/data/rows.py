@@ -61,11 +61,11 @@ def parse_pair(row: Mapping[str, Any]) -> Pair:
     """
     check_columns(row, PAIR_COLUMNS)
     refuse_images(row)
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if chosen == rejected:
         raise UnusableRow("identical responses")
     if "prompt" in row:
-        prompt, (chosen, rejected) = _after_prompt(_text(row, "prompt"), [chosen, rejected])
+        prompt, (chosen, rejected) = _after_prompt(text_of(row, "prompt"), [chosen, rejected])
     else:
         _check_implicit(row, chosen, rejected)
         prompt, chosen, rejected = split_conversations(chosen, rejected)
@@ -83,7 +83,7 @@ def parse_unpaired(row: Mapping[str, Any]) -> Unpaired:
     """
     check_columns(row, UNPAIRED_COLUMNS)
     refuse_images(row)
-    prompt, completion, label = _text(row, "prompt"), _text(row, "completion"), row["label"]
+    prompt, completion, label = text_of(row, "prompt"), text_of(row, "completion"), row["label"]
     if isinstance(label, str):
         raise UnusableRow(f"'label' is the string {label[:20]!r}, not true or false")
     if label not in (True, False):  # also 1 and 0
@@ -226,7 +226,8 @@ def _role(messages: Messages, index: int) -> str | None:
 # Columns -------------------------------------------------------------------------------------------------
 
 
-def _text(row: Mapping[str, Any], column: str) -> Text:
+def text_of(row: Mapping[str, Any], column: str) -> Text:
+    """A column that is a string or messages; raises UnusableRow for another."""
     value = row[column]
     if isinstance(value, str):
         return value

@@ -80,6 +80,26 @@ class TextTokenizer:
             shifted=border < len(prompt_ids),
         )
 
+    def prompt(self, prompt: Text, options: Mapping[str, Any]) -> Ids:
+        """A prompt alone, ready to be answered; one that ends with a turn of the assistant, to be gone on with.
+
+        Raises:
+            UnusableRow: max_length tokens or more, or none.
+        """
+        if isinstance(prompt, str):
+            (ids,) = self._texts([prompt])
+        elif not prompt:
+            raise UnusableRow("'prompt' has no messages")
+        else:
+            goes_on = prompt[-1]["role"] == "assistant"
+            how = {**options, "continue_final_message": True} if goes_on else options
+            (ids,) = self._encode([self._template.render(prompt, how, ready=not goes_on)])
+        if not len(ids):
+            raise UnusableRow("empty prompt")
+        if self._max_length is not None and len(ids) >= self._max_length:
+            raise UnusableRow(f"prompt not shorter than max_length {self._max_length}")
+        return ids
+
     def _texts(self, texts: list[str]) -> list[Ids]:
         """Special tokens once each, whether the text or the tokenizer writes them."""
         prompt, *whole = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
