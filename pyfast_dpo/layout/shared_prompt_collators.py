@@ -55,8 +55,8 @@ class SharedPromptCollatorForPreference:
         ]
         return {
             "sequence_tokens": torch.tensor(tokens),
-            **_row(row, len(row.lengths)),
-            "completion_rows": _scored(row, 0, len(row.lengths)),
+            **row_batch(row, len(row.lengths)),
+            "completion_rows": scored_rows(row, 0, len(row.lengths)),
             **reference_values(examples),
         }
 
@@ -89,18 +89,21 @@ class SharedPromptCollatorForUnpairedPreference:
             prompts, completions = prompts + prompts, completions + others
             masks += other_masks
         row = pack_row(prompts, completions, masks)
-        kl_rows = {"KL_completion_rows": _scored(row, count, 2 * count)} if self.mismatched else {}
+        kl_rows = (
+            {"KL_completion_rows": scored_rows(row, count, 2 * count)} if self.mismatched else {}
+        )
         return {
             "sequence_tokens": torch.tensor(tokens),
-            **_row(row, count),
-            "completion_rows": _scored(row, 0, count),
+            **row_batch(row, count),
+            "completion_rows": scored_rows(row, 0, count),
             **kl_rows,
             "label": torch.tensor([example["label"] for example in examples], dtype=torch.bool),
             **reference_values(examples),
         }
 
 
-def _row(row: SharedPromptRow, count: int) -> Batch:
+def row_batch(row: SharedPromptRow, count: int) -> Batch:
+    """What a model takes of a row; `token_uses` of its first `count` sequences."""
     return {
         "input_ids": row.tokens.unsqueeze(0),
         "position_ids": row.layout.positions().unsqueeze(0),
@@ -109,7 +112,7 @@ def _row(row: SharedPromptRow, count: int) -> Batch:
     }
 
 
-def _scored(row: SharedPromptRow, first: int, last: int) -> CompletionRows:
+def scored_rows(row: SharedPromptRow, first: int, last: int) -> CompletionRows:
     """The scored tokens of the sequences [first, last)."""
     start, lengths = sum(row.lengths[:first]), row.lengths[first:last]
     stop = start + sum(lengths)

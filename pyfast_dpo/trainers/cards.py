@@ -14,7 +14,7 @@ from torch import nn
 from pyfast_dpo.trainers.checkpoints import UNFINISHED, CheckpointingTrainer
 
 OPTIONS = (  # that the card shows
-    "loss_type", "beta", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "loss_type", "beta", "num_generations", "max_completion_length", "temperature", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_length", "seed",
 )  # fmt: skip
 PACKAGES = ("pyfast_dpo", "transformers", "torch", "datasets", "peft", "accelerate")
@@ -97,7 +97,11 @@ class CardTrainer(CheckpointingTrainer):
         base = data.base_model
         start = f"[{base}](https://huggingface.co/{base})" if base else "a model"
         trained_on = f" on {', '.join(data.datasets)}" if data.datasets else ""
-        options = "\n".join(f"| `{name}` | `{getattr(self.args, name)}` |" for name in OPTIONS)
+        options = "\n".join(
+            f"| `{name}` | `{getattr(self.args, name)}` |"
+            for name in OPTIONS
+            if hasattr(self.args, name)
+        )
         versions = "\n".join(f"- {name} {version}" for name, version in _versions())
         return (
             f"# {data.model_name}\n\n"

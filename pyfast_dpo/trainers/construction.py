@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from pyfast_dpo.data.templates import tokenizer_of
 from pyfast_dpo.model.causal_lm import check_causal_lm, check_no_other_senses
-from pyfast_dpo.trainers.config import CHECKPOINTING, PreferenceConfig
+from pyfast_dpo.trainers.options import CHECKPOINTING, PolicyConfig
 
 LOADING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
-Config = TypeVar("Config", bound=PreferenceConfig)
+Config = TypeVar("Config", bound=PolicyConfig)
 
 
 def causal_lm(

@@ -21,7 +21,7 @@ class DatasetTrainer(Trainer):
     signature_columns: ClassVar[tuple[str, ...]]
     reference_columns: ClassVar[tuple[str, ...]]
     args: PreferenceConfig
-    _tables: Tables  # of the model, which ids and lengths must fit
+    _tables: Tables
     _reported: dict[str, DataReport | StreamedDataset]  # a stream's report grows as it is read
 
     @property

@@ -47,7 +47,9 @@ class LoggingTrainer(CheckpointingTrainer):
         self._metrics[mode].clear()
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
-        metrics = self._averages[mode].pop(lambda totals: self.accelerator.reduce(totals, "sum"))
+        metrics = self._averages[mode].pop(
+            lambda totals: self.accelerator.reduce(totals, "sum"), self.accelerator.gather
+        )
         if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         appended = self._metrics[mode]

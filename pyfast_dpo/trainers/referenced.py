@@ -14,6 +14,7 @@ from pyfast_dpo.data import PreparedDataset
 from pyfast_dpo.model.prepare import PreparedModels
 from pyfast_dpo.trainers.adapters import is_adapted
 from pyfast_dpo.trainers.config import PreferenceConfig
+from pyfast_dpo.trainers.options import PolicyConfig
 from pyfast_dpo.trainers.precomputed import computed_once, reference_key
 from pyfast_dpo.trainers.reference import as_reference
 
@@ -26,8 +27,8 @@ class ReferencedTrainer(Trainer):
             its training, or is not needed.
     """
 
-    reference_columns: ClassVar[tuple[str, ...]]
-    args: PreferenceConfig
+    reference_columns: ClassVar[tuple[str, ...]] = ()
+    args: PolicyConfig
     ref_model: nn.Module | None
     _prepared_models: PreparedModels
     _reference_adapter: str | None = None  # kept as the reference
@@ -38,10 +39,6 @@ class ReferencedTrainer(Trainer):
     def _policy(self) -> nn.Module:
         assert self.model is not None
         return self.model
-
-    def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
-        """What the reference says of a batch, `[examples, columns]` in the order of `reference_columns`."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -77,6 +74,16 @@ class ReferencedTrainer(Trainer):
         if self.ref_model is not None and not sharded and not quantized:
             self.ref_model.to("cpu")
             self._reference_is_away = True
+
+
+class PrecomputingTrainer(ReferencedTrainer):
+    """One that can compute the reference's log-probs of fixed data once, before training."""
+
+    args: PreferenceConfig
+
+    def _reference_values(self, inputs: dict[str, Any]) -> Tensor:
+        """What the reference says of a batch, `[examples, columns]` in the order of `reference_columns`."""
+        raise NotImplementedError
 
     def _reference_settings(self) -> list[Any]:
         """What the reference's log-probs depend on beside its weights and the token ids."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pyfast_dpo.data import PreparedDataset
-from pyfast_dpo.trainers.config import PreferenceConfig
+from pyfast_dpo.trainers.options import PolicyConfig
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
@@ -74,14 +74,14 @@ class GroupedByLength(LengthGroupedSampler):
         self.generator.manual_seed(self._seed + epoch)
 
 
-def order_seed(args: PreferenceConfig) -> int:
+def order_seed(args: PolicyConfig) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
 def token_budget_loader(
     dataset: PreparedDataset,
     budget: int,
-    args: PreferenceConfig,
+    args: PolicyConfig,
     collate: Callable[..., Any],
     training: bool,
 ) -> DataLoader:

@@ -27,6 +27,10 @@ class StepTrainer(CheckpointingTrainer):
         """Of a batch, over which the loss takes its mean."""
         raise NotImplementedError
 
+    def _step_batches(self, batches: list[Any]) -> list[dict[str, Any]]:
+        """As many batches for the loss as were read for a step."""
+        return batches
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> Any:
@@ -34,6 +38,7 @@ class StepTrainer(CheckpointingTrainer):
         self._batches_read += len(batches)
         if len(batches) < num_batches:
             self._last_batch = self._batches_read
+        batches = self._step_batches(batches)
         if batches:
             mean: float | Tensor = sum(map(self._count_examples, batches)) / len(batches)
             if self.args.world_size > 1:

@@ -15,7 +15,7 @@ from tiny_models import Stream, make_model, make_pairs, make_tokenizer
 from trainer_runs import LN2, config, dpo_trainer, lora, train_log
 
 from pyfast_dpo.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from pyfast_dpo.trainers import base as base_module
+from pyfast_dpo.trainers import policy as policy_module
 from pyfast_dpo.trainers import precomputed as precomputed_module
 from pyfast_dpo.trainers import reference as reference_module
 
@@ -350,7 +350,7 @@ def test_a_copy_keeps_what_autocast_would_cast_in_half_the_memory(
     assert halves == {n for n in dtypes if narrow and n.endswith("_proj.weight")}
     assert len(halves) == (14 if narrow else 0), "7 a layer; not embeddings, norms and lm_head"
 
-    monkeypatch.setattr(base_module, "narrow_linear_layers", lambda *_: None)
+    monkeypatch.setattr(policy_module, "narrow_linear_layers", lambda *_: None)
     _, plain = run()
     for entry, expected in zip(log, plain, strict=True):
         for name in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected"):
