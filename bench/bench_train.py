@@ -100,16 +100,11 @@ def work(who: str, name: str, steps: int, data: Path, model_path: str) -> None:
     inside = _time_inside(trainer) if who == OURS else None
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    peak = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM:")
-    )
     result = {
         "seconds": Clock.seconds,
         "losses": [entry["loss"] for entry in log],
         "gradient_norms": [entry["grad_norm"] for entry in log],
-        "peak_memory": peak,
+        "peak_memory": peak_of_process(),
         "outside_model_loss_optimizer": None if inside is None else 1 - sum(inside) / sum(Clock.seconds),
     }  # fmt: skip
     print(RESULT + json.dumps(result))
@@ -147,9 +142,16 @@ def _time_inside(trainer: Any) -> list[float]:
 # --- all of them ------------------------------------------------------------------------------------
 
 
-def run(who: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+def peak_of_process() -> int:
+    """Bytes, of the whole life of this process."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
+
+def run_worker(script: str, who: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own measured: the same script, told whose turn it is."""
     command = [
-        sys.executable, __file__, "--worker", who, "--case", name, "--steps", str(options.steps),
+        sys.executable, script, "--worker", who, "--case", name, "--steps", str(options.steps),
         "--data", str(options.data), "--model", options.model,
     ]  # fmt: skip
     environment = {
@@ -170,7 +172,7 @@ def measure(name: str, options: argparse.Namespace, progress: Progress) -> dict[
         order = (OURS, TRL) if round_number % 2 == 0 else (TRL, OURS)
         for who in order:
             progress.next(f"{name}: {who}, round {round_number + 1}/{options.rounds}")
-            runs[who].append(run(who, name, options))
+            runs[who].append(run_worker(__file__, who, name, options))
     steps = {
         who: [s for r in results for s in r["seconds"][WARMUP:]] for who, results in runs.items()
     }

@@ -4,7 +4,13 @@ from pyfast_dpo.ops.extras import require
 
 require("transformers", "pyfast_dpo.rollout")
 
-from pyfast_dpo.rollout.engine import Completion, Engine, RolloutError, Sampling  # noqa: E402
+from pyfast_dpo.rollout.engine import (  # noqa: E402
+    Completion,
+    Engine,
+    RolloutError,
+    Sampling,
+    check_completions,
+)
 from pyfast_dpo.rollout.http_engine import HTTPEngine  # noqa: E402
 from pyfast_dpo.rollout.transformers_engine import TransformersEngine  # noqa: E402
 
@@ -15,4 +21,5 @@ __all__ = [
     "RolloutError",
     "Sampling",
     "TransformersEngine",
+    "check_completions",
 ]

@@ -119,3 +119,41 @@ def check_request(
             )
         checked.append(ids)
     return checked
+
+
+def check_completions(
+    function: str,
+    answers: Sequence[Sequence[Completion]],
+    prompts: int,
+    n: int,
+    sampling: Sampling,
+    version: int,
+) -> None:
+    """What an engine answered is what it was asked for: nothing is trained on anything else.
+
+    Raises:
+        ValueError: another number of responses, more tokens than asked for, log-probs of another number or that are
+            none (NaN, above 0), another version of the weights.
+    """
+    numbers = [len(answer) for answer in answers]
+    if numbers != [n] * prompts:
+        raise ValueError(
+            f"{function}: the engine must write {n} responses to each of {prompts} prompts, got {numbers}"
+        )
+    for number, answer in enumerate(answers):
+        for each in answer:
+            where = f"a response to prompt {number}"
+            if each.version != version:
+                raise ValueError(
+                    f"{function}: {where} must be of the weights of version {version}, got version {each.version}"
+                )
+            if not len(each.ids) == len(each.logprobs) <= sampling.max_tokens:
+                raise ValueError(
+                    f"{function}: {where} must have at most {sampling.max_tokens} tokens and a log-prob for each, got "
+                    f"{len(each.ids)} tokens and {len(each.logprobs)} log-probs"
+                )
+            if not all(logp <= 1e-4 for logp in each.logprobs):  # NaN is not
+                wrong = next(logp for logp in each.logprobs if not logp <= 1e-4)
+                raise ValueError(
+                    f"{function}: {where} must have log-probs of at most 0, got {wrong}"
+                )

@@ -1,4 +1,4 @@
-"""Trainers: `transformers.Trainer` with preference losses. Names and arguments are those of TRL."""
+"""Trainers: `transformers.Trainer` with preference and policy losses. Names and arguments are those of TRL."""
 
 from pyfast_dpo.ops.extras import require
 
@@ -8,5 +8,24 @@ require("accelerate", "pyfast_dpo.trainers")
 from pyfast_dpo.trainers.config import DPOConfig, KTOConfig  # noqa: E402
 from pyfast_dpo.trainers.dpo import DPOTrainer  # noqa: E402
 from pyfast_dpo.trainers.kto import KTOTrainer  # noqa: E402
+from pyfast_dpo.trainers.online import (  # noqa: E402
+    GRPOConfig,
+    GRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
 
-__all__ = ["DPOConfig", "DPOTrainer", "KTOConfig", "KTOTrainer"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
+]
