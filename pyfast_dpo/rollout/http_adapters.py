@@ -19,7 +19,7 @@ def lora_adapter(function: str, model: Any) -> str:
 
     Raises:
         ValueError: a model without adapters, another kind, several at once; trained weights outside of it, which
-            would stay behind.
+            would stay behind; weights of which this process holds a part.
     """
     if not hasattr(model, "get_base_model"):
         raise ValueError(
@@ -35,15 +35,17 @@ def lora_adapter(function: str, model: Any) -> str:
         raise ValueError(
             f"{function}: servers load LoRA adapters, got {getattr(kind, 'value', kind)}"
         )
-    outside = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".lora_" not in name
-    ]
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    outside = [name for name in trained if ".lora_" not in name]
     if outside:
         raise ValueError(
             f"{function}: {len(outside)} trained weights are not part of the LoRA adapter, so that the servers would go "
             f"on with old ones, such as {outside[0]}; leave modules_to_save and bias out, and freeze the rest"
+        )
+    # FSDP2 and ZeRO-3 leave a part, or nothing, in each process.
+    if any(hasattr(each, "full_tensor") or each.numel() == 0 for each in trained.values()):
+        raise ValueError(
+            f"{function}: the adapter is divided among processes; train it undivided, with DDP"
         )
     return active[0]
 

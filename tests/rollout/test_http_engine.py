@@ -280,6 +280,14 @@ def peft_model(**options):
     return peft.get_peft_model(make_model(), config)
 
 
+def divided():
+    """As ZeRO-3 leaves it."""
+    model = peft_model()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    return model
+
+
 def other_kind():
     peft = pytest.importorskip("peft")
     config = peft.IA3Config(
@@ -294,6 +302,7 @@ def other_kind():
         (make_model, "must be a PEFT model with a LoRA adapter, got LlamaForCausalLM"),
         (other_kind, "servers load LoRA adapters, got IA3"),
         (lambda: peft_model(modules_to_save=["lm_head"]), "1 trained weights are not part .* modules_to_save"),
+        (divided, "the adapter is divided among processes"),
     ],
 )  # fmt: skip
 def test_weights_that_cannot_travel_are_named(server, model, words) -> None:
