@@ -1,4 +1,4 @@
-"""HTTPEngine against a real vLLM on this CPU: versions, log-probs, which log-probs its modes give. `make test-vllm`.
+"""HTTPEngine against a real vLLM on this CPU: versions, log-probs, vLLM's modes of them, GRPO steps. `make test-vllm`.
 
 It serves SmolLM2-135M-Instruct in float32 with LoRA, once for each of vLLM's two kinds of log-probs.
 """
@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from engine_checks import scored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyfast_dpo.cli.models import smollm2_path
-from pyfast_dpo.rollout import Completion, HTTPEngine, RolloutError, Sampling
+from pyfast_dpo.rollout import Completion, Engine, HTTPEngine, RolloutError, Sampling
+from pyfast_dpo.trainers import GRPOConfig, GRPOTrainer
 
 TEXTS = ["The capital of France is", "Once upon a time there was", "def fibonacci(n):"]
 # Nats a token between vLLM and one pass of transformers, both in float32. Measured: 2e-5 and 7e-5.
@@ -145,6 +147,65 @@ def check_processed(url: str, model, prompts: list[list[int]]) -> None:
     check_refused(engine, prompts, top_p=0.9)
 
 
+class Recorded:
+    """An engine, and the versions that it was sent and that answered."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.sent, self.answered = engine, [], []
+
+    def generate(self, prompts, n: int, sampling: Sampling) -> list[list[Completion]]:
+        groups = self.engine.generate(prompts, n, sampling)
+        self.answered.append({each.version for group in groups for each in group})
+        return groups
+
+    def update_weights(self, model, version: int) -> None:
+        self.engine.update_weights(model, version)
+        self.sent.append(version)
+
+
+def letters(completions: list[str], **_: object) -> list[float]:
+    """The share of e among the letters: every group has some variance."""
+    return [text.count("e") / max(1, len(text)) for text in completions]
+
+
+def check_training(url: str, folder: Path, steps: int = 3) -> None:
+    """GRPO with LoRA: each step's responses are of that step's weights, and have the log-probs that are trained."""
+    engine = HTTPEngine(url)
+    recorded = Recorded(engine)
+    with tempfile.TemporaryDirectory() as output:
+        args = GRPOConfig(
+            output, max_steps=steps, num_generations=4, per_device_train_batch_size=12, max_completion_length=32,
+            learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
+            disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            letters,
+            args,
+            train_dataset=[{"prompt": text} for text in TEXTS],
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+            engine=recorded,
+        )
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    print(f"  GRPO: sent versions {recorded.sent}, answered {recorded.answered}")
+    assert recorded.sent == list(range(steps)) and recorded.answered == [{v} for v in range(steps)]
+    for step, entry in enumerate(log):
+        mean, most = (
+            entry[f"sampling/sampling_logp_difference/{what}"] for what in ("mean", "max")
+        )
+        print(
+            f"  GRPO step {step}: reward {entry['reward']:.4f}, loss {entry['loss']:+.4f}, nats from the trainer's: "
+            f"mean {mean:.1e}, max {most:.1e}"
+        )
+        assert mean <= MEAN and most <= MOST
+    assert len(log) == steps
+    outputs = [each for name, each in trainer.model.named_parameters() if "lora_B" in name]
+    assert any(each.any() for each in outputs), "the versions were all the base model"
+    engine.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -157,6 +218,7 @@ def main() -> None:
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     with serving(vllm, folder) as url:
         check_engine(url, model, prompts)
+        check_training(url, folder)
     with serving(vllm, folder, "--logprobs-mode", "processed_logprobs") as url:
         check_processed(url, model, prompts)
     print("all held")
