@@ -57,11 +57,11 @@ struct SeqLogpParams {
   bool average;
 };
 
-// d logits[b, t, v] = coefficient(b, t) * ((v == target) - exp(z_v - row_max) / row_sum), where
-// coefficient(b, t) = grad_sequence[b] * sequence_scale[b] + grad_token[b, t]. Ignored rows become
-// 0, rows with an invalid label NaN. `grad_logits` may be `logits` (same dtype and strides): each
-// element is read before it is written. On CUDA, kFloat32 logits may have a gradient in a half
-// type.
+// d logits[b, t, v] = coefficient(b, t) * ((v == target) - p_v) - grad_entropy(b, t) * p_v *
+// (log p_v + entropy(b, t)), where p_v = exp(z_v - row_max) / row_sum and coefficient(b, t) =
+// grad_sequence[b] * sequence_scale[b] + grad_token[b, t]. Ignored rows become 0, rows with an
+// invalid label NaN. `grad_logits` may be `logits` (same dtype and strides): each element is read
+// before it is written. kFloat32 logits may have a gradient in a half type.
 struct SeqLogpBackwardParams {
   const void* logits;  // [B, T, V], last dimension contiguous
   int64_t batch_stride;
@@ -74,6 +74,8 @@ struct SeqLogpBackwardParams {
   const void* sequence_scale;  // [B]
   const void* grad_sequence;   // [B] or null
   const void* grad_token;      // [B, T] contiguous, or null
+  const void* entropy;         // [B, T] of p, or null
+  const void* grad_entropy;    // [B, T] beside entropy, or null
   void* grad_logits;           // [B, T, V], last dimension contiguous
   DType grad_dtype;
   int64_t grad_batch_stride;

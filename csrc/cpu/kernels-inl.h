@@ -204,35 +204,57 @@ static inline void store_like_loaded(Out* p, Vec a, Vec b) {
   }
 }
 
-// grad[v] = scale * 2^(z log2(e) - reference) over a span; the scale is folded into the polynomial.
-template <class T, class Out>
-static inline void gradient_span(const T* z, Out* grad, int64_t count, float reference,
-                                 float scale) {
+// Of the entries of a row: 2^(z log2(e) - reference) * (scale + slope * (z - peak)).
+struct EntryGradient {
+  float reference, peak, scale, slope;
+};
+
+// Below this distance to the peak exp is exactly 0 here, and 0 times a finite number is not NaN as
+// 0 * -inf would be.
+static constexpr float kLowestDistance = -104.0f;
+
+template <int kDegree, bool kSloping>
+static inline Vec gradient_of(Vec z, const Vec* coefficients, const EntryGradient& g) {
+  Vec value, power;
+  exp2_parts<kDegree>(fma(z, set1(kLog2E), set1(-g.reference)), coefficients, value, power);
+  const Vec e = mul(value, power);
+  if constexpr (kSloping) {
+    const Vec distance = max(set1(kLowestDistance), sub(z, set1(g.peak)));
+    return mul(e, fma(distance, set1(g.slope), set1(g.scale)));
+  }
+  return e;
+}
+
+// Without a slope the scale is folded into the polynomial.
+template <bool kSloping, class T, class Out>
+static inline void gradient_span(const T* z, Out* grad, int64_t count, const EntryGradient& g) {
   constexpr int kDegree = BackwardDegree<T>::kValue;
   Vec c[kDegree + 1];
-  load_coefficients<kDegree>(scale, c);
-  const Vec log2e = set1(kLog2E), offset = set1(-reference);
-  Vec a, b, value, power;
+  load_coefficients<kDegree>(kSloping ? 1.0f : g.scale, c);
+  Vec a, b;
   int64_t i = 0;
   for (; i + kPair <= count; i += kPair) {
     prefetch_bytes<kPair * sizeof(T)>(z + i + kAhead);
     load_pair(z + i, a, b);
-    exp2_parts<kDegree>(fma(a, log2e, offset), c, value, power);
-    a = mul(value, power);
-    exp2_parts<kDegree>(fma(b, log2e, offset), c, value, power);
-    b = mul(value, power);
+    a = gradient_of<kDegree, kSloping>(a, c, g);
+    b = gradient_of<kDegree, kSloping>(b, c, g);
     store_like_loaded<T>(grad + i, a, b);
   }
   if (i < count) {
     load_tail(z + i, count - i, 0.0f, a, b);
-    exp2_parts<kDegree>(fma(a, log2e, offset), c, value, power);
-    a = mul(value, power);
-    exp2_parts<kDegree>(fma(b, log2e, offset), c, value, power);
-    b = mul(value, power);
+    a = gradient_of<kDegree, kSloping>(a, c, g);
+    b = gradient_of<kDegree, kSloping>(b, c, g);
     Out buffer[kPair];
     store_like_loaded<T>(buffer, a, b);
     for (int64_t j = 0; i + j < count; ++j) grad[i + j] = buffer[j];
   }
+}
+
+template <bool kSloping, class T, class Out>
+static inline void gradient_around(const T* z, Out* grad, int64_t target, int64_t vocab,
+                                   const EntryGradient& g) {
+  gradient_span<kSloping>(z, grad, target, g);
+  gradient_span<kSloping>(z + target + 1, grad + target + 1, vocab - target - 1, g);
 }
 
 template <class T, class Out = T>
@@ -240,11 +262,11 @@ static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64
                          double coefficient) {
   const RowGradient gradient = read_row_gradient(params, row, coefficient);
   const float reference = static_cast<float>(gradient.row_max) * kLog2E;
-  const double scale =
-      gradient.scale * __builtin_exp(static_cast<double>(reference) / static_cast<double>(kLog2E) -
-                                     gradient.row_max);
+  const double rounding = __builtin_exp(
+      static_cast<double>(reference) / static_cast<double>(kLog2E) - gradient.row_max);
+  const double scale = gradient.scale * rounding, slope = gradient.slope * rounding;
   const bool in_range = gradient.row_max < kLargestPeak && gradient.row_max > -kLargestPeak &&
-                        scale > -1e30 && scale < 1e30;
+                        scale > -1e30 && scale < 1e30 && slope > -1e30 && slope < 1e30;
   if (!in_range) {  // NaN and infinities included: plain arithmetic decides there
     scalar_backward_row(params, row, target, coefficient);
     return;
@@ -253,8 +275,12 @@ static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64
       row_pointer<T>(params.logits, params.rows, params.batch_stride, params.row_stride, row);
   Out* grad = const_cast<Out*>(row_pointer<Out>(
       params.grad_logits, params.rows, params.grad_batch_stride, params.grad_row_stride, row));
-  gradient_span(z, grad, target, reference, static_cast<float>(scale));
-  gradient_span(z + target + 1, grad + target + 1, params.rows.vocab - target - 1, reference,
-                static_cast<float>(scale));
+  const EntryGradient g{reference, static_cast<float>(gradient.row_max), static_cast<float>(scale),
+                        static_cast<float>(slope)};
+  if (slope == 0) {
+    gradient_around<false>(z, grad, target, params.rows.vocab, g);
+  } else {
+    gradient_around<true>(z, grad, target, params.rows.vocab, g);
+  }
   grad[target] = narrow<Out>(gradient.target_gradient);
 }

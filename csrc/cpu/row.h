@@ -28,8 +28,10 @@ void write_row_statistics(const RowStatisticsParams& params, int64_t row, double
 // What the backward pass needs of a row.
 struct RowGradient {
   double row_max;
-  double scale;  // -coefficient / row_sum: gradient of entry v is scale * exp(z_v - row_max)
-  double target_gradient;  // coefficient * (1 - p_target), without cancellation
+  // Gradient of entry v, with d = z_v - row_max: exp(d) * (scale + slope * d).
+  double scale;            // -coefficient / row_sum, and a part of the entropy's gradient
+  double slope;            // the other part; 0 without one
+  double target_gradient;  // coefficient * (1 - p_target), without cancellation, and the entropy's
 };
 
 RowGradient read_row_gradient(const SeqLogpBackwardParams& params, int64_t row, double coefficient);

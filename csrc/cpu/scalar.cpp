@@ -45,9 +45,19 @@ void write_row_stats(const SeqLogpParams& params, int64_t row, double others_max
 
 RowGradient read_row_gradient(const SeqLogpBackwardParams& params, int64_t row,
                               double coefficient) {
-  return {read_stat(params.row_max, params.dtype, row),
-          -coefficient / read_stat(params.row_sum, params.dtype, row),
-          coefficient * -std::expm1(read_stat(params.token_logps, params.dtype, row))};
+  const double row_sum = read_stat(params.row_sum, params.dtype, row);
+  const double logp = read_stat(params.token_logps, params.dtype, row);
+  RowGradient gradient{read_stat(params.row_max, params.dtype, row), -coefficient / row_sum, 0.0,
+                       coefficient * -std::expm1(logp)};
+  if (params.grad_entropy != nullptr) {
+    const double entropy = read_stat(params.entropy, params.dtype, row);
+    const double incoming = read_stat(params.grad_entropy, params.dtype, row);
+    const double p = std::exp(logp);
+    gradient.slope = -incoming / row_sum;
+    gradient.scale += gradient.slope * (entropy - std::log(row_sum));
+    if (p > 0) gradient.target_gradient -= incoming * p * (logp + entropy);
+  }
+  return gradient;
 }
 
 template <class T>
@@ -89,7 +99,9 @@ static void backward_row(const SeqLogpBackwardParams& params, int64_t row, int64
       params.grad_logits, params.rows, params.grad_batch_stride, params.grad_row_stride, row));
   const RowGradient gradient = read_row_gradient(params, row, coefficient);
   for (int64_t v = 0; v < params.rows.vocab; ++v) {
-    grad[v] = narrow<Out>(gradient.scale * std::exp(widen(z[v]) - gradient.row_max));
+    const double distance = widen(z[v]) - gradient.row_max, e = std::exp(distance);
+    const double shift = gradient.slope == 0 || e == 0 ? 0.0 : gradient.slope * distance;
+    grad[v] = narrow<Out>((gradient.scale + shift) * e);  // 0 * -inf is 0 here
   }
   grad[target] = narrow<Out>(gradient.target_gradient);
 }

@@ -8,8 +8,7 @@ struct StatisticsSums {
 static inline void add_statistics(const float* z, int64_t count, float peak, StatisticsSums& sums) {
   Vec c[6];
   load_coefficients<5>(1.0f, c);
-  // Below this exp is exactly 0 here, and 0 times a finite number is not NaN as 0 * -inf would be.
-  const Vec lowest = set1(-104.0f), offset = set1(-peak), log2e = set1(kLog2E);
+  const Vec lowest = set1(kLowestDistance), offset = set1(-peak), log2e = set1(kLog2E);
   Vec total = set1(0.0f), moment = total, squares = total, logits = total;
   Vec z_pair[2], value, power;
   for (int64_t i = 0; i < count; i += kPair) {

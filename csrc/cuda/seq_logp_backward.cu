@@ -21,21 +21,34 @@ constexpr int64_t kBlocks = 2048;
 template <class G>  // elements between a thread's vectors
 constexpr int64_t kStep = int64_t{kThreads} * kLanes<G>;
 
-// gradient[i] = scale * exp(z[i] - max) for i of [0, count), by vectors aligned to the gradient and
+// Of one entry, d below the row's maximum: exp(d) * (scale + slope * d), slope 0 without an
+// entropy's gradient. Where exp(d) is 0 the product is, also with d = -inf.
+template <class T>
+struct EntryGradient {
+  using S = StatT<T>;
+  S max, scale, slope;
+  __device__ __forceinline__ S operator()(S z) const {
+    constexpr S kLowest = sizeof(S) == 8 ? S(-750) : S(-104);
+    const S distance = z - max;
+    return Element<T>::exp(distance) * (scale + slope * (distance > kLowest ? distance : kLowest));
+  }
+};
+
+// gradient[i] = gradient_of(z[i]) for i of [0, count), by vectors aligned to the gradient and
 // by elements before `head` and after the last whole vector. `z` may be `gradient`: every element
 // is read before it is written, by the thread that writes it. A vector of a half gradient takes two
 // of float logits. (Logits whose vectors are not aligned where those of the gradient are, are rare:
 // they are loaded by elements.)
 template <class T, class G, bool kVectors>
 __device__ __forceinline__ void write_slice(const T* z, G* gradient, int64_t head, int64_t count,
-                                            StatT<T> scale, StatT<T> max) {
+                                            const EntryGradient<T>& gradient_of) {
   using S = StatT<T>;
   constexpr int kN = kLanes<G>;
   constexpr int kParts = kN / kLanes<T>;
   constexpr int kDepth = kVectors ? kInFlight / kParts : 1;
   const int64_t tail = head + (count - head) / kN * kN;
   const auto write_element = [&](int64_t i) {
-    gradient[i] = Element<G>::narrow(scale * Element<T>::exp(Element<T>::widen(z[i]) - max));
+    gradient[i] = Element<G>::narrow(gradient_of(Element<T>::widen(z[i])));
   };
   for (int64_t i = threadIdx.x; i < head; i += kThreads) write_element(i);
   for (int64_t i = tail + threadIdx.x; i < count; i += kThreads) write_element(i);
@@ -62,7 +75,7 @@ __device__ __forceinline__ void write_slice(const T* z, G* gradient, int64_t hea
         unpack<T>(raw[i][part], z_part);
 #pragma unroll
         for (int k = 0; k < kLanes<T>; ++k) {
-          values[part * kLanes<T> + k] = scale * Element<T>::exp(z_part[k] - max);
+          values[part * kLanes<T> + k] = gradient_of(z_part[k]);
         }
       }
       __stcs(reinterpret_cast<uint4*>(gradient + first), pack<G>(values));
@@ -117,18 +130,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
                     static_cast<const S*>(params.sequence_scale)[b];
     }
     if (params.grad_token != nullptr) coefficient += static_cast<const S*>(params.grad_token)[row];
-    const S scale = -coefficient / static_cast<const S*>(params.row_sum)[row];
-    const S max = static_cast<const S*>(params.row_max)[row];
+    const S sum = static_cast<const S*>(params.row_sum)[row];
+    EntryGradient<T> gradient_of{static_cast<const S*>(params.row_max)[row], -coefficient / sum,
+                                 S(0)};
+    S incoming = S(0), entropy = S(0);
+    if (params.grad_entropy != nullptr) {
+      incoming = static_cast<const S*>(params.grad_entropy)[row];
+      entropy = static_cast<const S*>(params.entropy)[row];
+      gradient_of.slope = -incoming / sum;
+      gradient_of.scale += gradient_of.slope * (entropy - log(sum));
+    }
     if (misalignment(z + head) == 0) {
-      write_slice<T, G, true>(z, gradient, head, end - begin, scale, max);
+      write_slice<T, G, true>(z, gradient, head, end - begin, gradient_of);
     } else {
-      write_slice<T, G, false>(z, gradient, head, end - begin, scale, max);
+      write_slice<T, G, false>(z, gradient, head, end - begin, gradient_of);
     }
     // The target last, over what its thread wrote like any other: no test for it in the loop.
     __syncthreads();
     if (threadIdx.x == 0 && target >= begin && target < end) {
       const S logp = static_cast<const S*>(params.token_logps)[row];
-      gradient[target - begin] = Element<G>::narrow(coefficient * -expm1(logp));
+      const S p = exp(logp), of_entropy = p > S(0) ? incoming * p * (logp + entropy) : S(0);
+      gradient[target - begin] = Element<G>::narrow(coefficient * -expm1(logp) - of_entropy);
     }
   }
 }

@@ -27,10 +27,13 @@ STABLE_TORCH_LIBRARY(pyfast_dpo, m) {
       "ignore_index, "
       "bool shift) -> ()");
   // The same, written to out [B, T, V], in the dtype of logits or, of float32 ones, a half type.
+  // With grad_entropy [B, T], that of the rows' entropies (as row_statistics gives them), its
+  // gradient is added.
   m.def(
       "seq_logp_backward_out(Tensor? grad_sequence, Tensor? grad_token, Tensor logits, Tensor "
       "labels, Tensor token_logps, Tensor row_max, Tensor row_sum, Tensor sequence_scale, int "
-      "ignore_index, bool shift, Tensor(a!) out) -> ()");
+      "ignore_index, bool shift, Tensor(a!) out, Tensor? entropy=None, Tensor? grad_entropy=None) "
+      "-> ()");
 
   // logits [R, V] float32 or float64, targets [R] int64 -> entropy [R], mean of the logits [R],
   // is_top1 [R] bool, log of the sum of squared probabilities [R]; without gradient. row_max [R]:

@@ -92,7 +92,9 @@ void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
                   const std::optional<Tensor>& grad_token_in, const Tensor& logits,
                   const Tensor& labels_in, const Tensor& token_logps, const Tensor& row_max,
                   const Tensor& row_sum, const Tensor& sequence_scale, int64_t ignore_index,
-                  bool shift, const Tensor& grad, const char* written = nullptr) {
+                  bool shift, const Tensor& grad, const char* written = nullptr,
+                  const std::optional<Tensor>& entropy_in = std::nullopt,
+                  const std::optional<Tensor>& grad_entropy_in = std::nullopt) {
   const DType dtype = float_dtype(op, "logits", logits);
   const ScalarType stat = stat_scalar_type(dtype);
   const std::vector<int64_t> per_sequence{logits.size(0)}, per_row{logits.size(0), logits.size(1)};
@@ -104,9 +106,13 @@ void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
   const auto grad_sequence =
       checked(op, "grad_sequence", grad_sequence_in, stat, per_sequence, logits);
   const auto grad_token = checked(op, "grad_token", grad_token_in, stat, per_row, logits);
+  const auto entropy = checked(op, "entropy", entropy_in, stat, per_row, logits);
+  const auto grad_entropy = checked(op, "grad_entropy", grad_entropy_in, stat, per_row, logits);
+  STD_TORCH_CHECK(entropy.has_value() == grad_entropy.has_value(), op,
+                  ": entropy and grad_entropy go together, got one of them");
   if (written != nullptr) {
     std::vector<const Tensor*> read{&labels_in, &token_logps, &row_max, &row_sum, &sequence_scale};
-    for (const auto* given : {&grad_sequence_in, &grad_token_in})
+    for (const auto* given : {&grad_sequence_in, &grad_token_in, &entropy_in, &grad_entropy_in})
       if (given->has_value()) read.push_back(&**given);
     const bool in_place = grad.const_data_ptr() == logits.const_data_ptr() &&
                           grad.scalar_type() == logits.scalar_type() &&
@@ -127,6 +133,8 @@ void run_backward(const char* op, const std::optional<Tensor>& grad_sequence_in,
   params.sequence_scale = scale.const_data_ptr();
   params.grad_sequence = data_or_null(grad_sequence);
   params.grad_token = data_or_null(grad_token);
+  params.entropy = data_or_null(entropy);
+  params.grad_entropy = data_or_null(grad_entropy);
   params.grad_logits = grad.mutable_data_ptr();
   params.grad_dtype = float_dtype(op, "out", grad);
   params.grad_batch_stride = grad.stride(0);
@@ -170,7 +178,9 @@ void seq_logp_backward_out(const std::optional<Tensor>& grad_sequence,
                            const std::optional<Tensor>& grad_token, const Tensor& logits_in,
                            const Tensor& labels, const Tensor& token_logps, const Tensor& row_max,
                            const Tensor& row_sum, const Tensor& sequence_scale,
-                           int64_t ignore_index, bool shift, const Tensor& out) {
+                           int64_t ignore_index, bool shift, const Tensor& out,
+                           const std::optional<Tensor>& entropy,
+                           const std::optional<Tensor>& grad_entropy) {
   const char* op = "pyfast_dpo::seq_logp_backward_out";
   check_logits(op, logits_in);
   STD_TORCH_CHECK(is_given(out), op, ": out must be a tensor, got None");
@@ -181,7 +191,7 @@ void seq_logp_backward_out(const std::optional<Tensor>& grad_sequence,
   STD_TORCH_CHECK(out.stride(2) == 1 || out.size(2) == 1, op,
                   ": the last dimension of out must be contiguous, got stride ", out.stride(2));
   run_backward(op, grad_sequence, grad_token, logits, labels, token_logps, row_max, row_sum,
-               sequence_scale, ignore_index, shift, out, "out");
+               sequence_scale, ignore_index, shift, out, "out", entropy, grad_entropy);
 }
 
 void seq_logp_backward_(const std::optional<Tensor>& grad_sequence,

@@ -12,6 +12,7 @@ from fuzz.draw import FLOATS, HALVES, INT64_MAX, INT64_MIN, Draw
 from fuzz.losses import drawn_logps, loss_tolerance
 from fuzz.truth import (
     check_gradient_of_logits,
+    check_gradient_with_entropy,
     check_tokens,
     of_rows,
     targets_in_range,
@@ -90,6 +91,11 @@ def seq_logp_backward(draw: Draw) -> Case:
         arguments["out_dtype"] = to if narrow or draw.chance(0.5) else None
     if kind == "_out":
         arguments["out"] = torch.full(logits.shape, float("nan"), dtype=to)
+        if draw.chance(0.4):
+            flat = logits.to(stat).flatten(0, 1)
+            entropy = ops.row_statistics(flat, torch.zeros(len(flat), dtype=torch.int64))[0]
+            arguments["entropy"] = entropy.view(tokens.shape)
+            arguments["grad_entropy"] = draw.layout(size * draw.normal(tokens.shape, stat))
     kept_logits = logits.clone()
     saved = [t.clone() for t in (tokens, row_max, row_sum, scale)]
     names = ("token_logps", "row_max", "row_sum", "sequence_scale")
@@ -125,6 +131,11 @@ def seq_logp_backward(draw: Draw) -> Case:
         )
         if not honest or shift != given["shift"]:
             return  # log-probs of other labels
+        if given.get("grad_entropy") is not None:
+            check_gradient_with_entropy(
+                results[-1], z, targets, coefficient.to(stat), slopes, given
+            )
+            return
         check_gradient_of_logits("gradient", results[-1], z, targets, coefficient.to(stat), slopes)
 
     written = {"": (), "_": ("logits",), "_out": ("out",)}[kind]

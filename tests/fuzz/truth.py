@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from _helpers import (
+    HALVES,
     forward_tolerance,
     gradient_tolerance,
     statistics_dtype,
@@ -74,6 +76,28 @@ def check_gradient_of_logits(
         peer = torch_gradient(logits, targets, coefficient.to(statistics_dtype(logits.dtype)))
     check(what, ours, truth, tolerance, peer.to(ours.dtype))
     assert (ours[targets < 0] == 0).all(), f"{what}: an ignored row has a gradient"
+
+
+def check_gradient_with_entropy(
+    ours: Tensor, logits: Tensor, targets: Tensor, coefficient: Tensor, slopes: Tensor, given: dict[str, Any]
+) -> None:  # fmt: skip
+    """The same where the rows' entropies, which the operator was given, bring a gradient too."""
+    logps = logits.double().log_softmax(-1)
+    p = logps.exp()
+    distance = logps.masked_fill(p == 0, 0.0) + given["entropy"].double()[..., None]
+    incoming = given["grad_entropy"].double()[..., None]
+    c = coefficient.double()[..., None]
+    truth = slopes * c - incoming * p * distance
+    least = p.clamp(min=0.0 if logits.dtype == torch.float64 else 2.0**-100)
+    size = c.abs() * (slopes.abs() + least) + incoming.abs() * least * (distance.abs() + 1)
+    eps, out = torch.finfo(coefficient.dtype).eps, torch.finfo(ours.dtype)
+    largest = logits.double().abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
+    tolerance = 0.51 * out.eps * truth.abs() + 64 * eps * (1 + largest) * size + out.tiny
+    if logits.dtype in HALVES:  # whose exponentials have the precision of the result
+        tolerance = tolerance + out.eps / 8 * size
+    scored = (targets >= 0)[..., None]
+    truth = torch.where(scored, truth, 0.0)
+    check("gradient", ours, truth, torch.where(scored, tolerance, 0.0), truth)
 
 
 def check_product(what: str, ours: Tensor, terms: Sequence[tuple[Tensor, Tensor]], out: torch.dtype,

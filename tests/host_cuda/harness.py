@@ -93,8 +93,8 @@ class SeqLogpBackwardParams(ctypes.Structure):
     _fields_ = [("logits", _PTR), ("batch_stride", _I64), ("row_stride", _I64), ("dtype", _INT)]
     _fields_ += [("rows", RowLabels)]
     _fields_ += [(n, _PTR) for n in ("token_logps", "row_max", "row_sum", "sequence_scale")]
-    _fields_ += [(n, _PTR) for n in ("grad_sequence", "grad_token", "grad_logits")]
-    _fields_ += [("grad_dtype", _INT)]
+    _fields_ += [(n, _PTR) for n in ("grad_sequence", "grad_token", "entropy", "grad_entropy")]
+    _fields_ += [("grad_logits", _PTR), ("grad_dtype", _INT)]
     _fields_ += [("grad_batch_stride", _I64), ("grad_row_stride", _I64)]
 
 
@@ -303,7 +303,10 @@ class HostCuda:
         out: Tensor,
         shift: bool = False,
         ignore_index: int = -100,
+        entropy: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        """`entropy`: of the rows, and the gradient that it brings."""
+        own, incoming = (t.data_ptr() for t in entropy) if entropy is not None else (None, None)
         params = SeqLogpBackwardParams(
             logits=logits.data_ptr(),
             batch_stride=logits.stride(0),
@@ -316,6 +319,8 @@ class HostCuda:
             sequence_scale=scores.sequence_scale.data_ptr(),
             grad_sequence=None if grad_sequence is None else grad_sequence.data_ptr(),
             grad_token=None if grad_token is None else grad_token.data_ptr(),
+            entropy=own,
+            grad_entropy=incoming,
             grad_logits=out.data_ptr(),
             grad_dtype=DTYPES.index(out.dtype),
             grad_batch_stride=out.stride(0),

@@ -63,6 +63,7 @@ every_level = pytest.mark.parametrize("level", LEVELS)
 
 NUMERIC_TESTS = [
     "ops/test_seq_logp.py",
+    "ops/test_entropy_gradient.py",
     "logprobs/test_linear.py",
     "logprobs/test_linear_statistics.py",
     "layout/test_attention_cpu.py",
