@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyfast_dpo import CompletionRows
+from pyfast_dpo import CompletionRows, fused_linear_policy_loss
 from pyfast_dpo.logprobs import gpu_head
-from pyfast_dpo.logprobs.chunks import LinearLoss
 from pyfast_dpo.logprobs.linear_checks import CHUNK_BYTES
+from pyfast_dpo.logprobs.linear_loss import LinearLoss
 from pyfast_dpo.logprobs.plan import Plan
 from pyfast_dpo.logprobs.unit_losses import LossOptions
-from pyfast_dpo.ops import dispatch
+from pyfast_dpo.ops import dispatch, operators
 
 FLOPS = 750e12
 GPUS = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second
@@ -54,8 +54,11 @@ class Case(NamedTuple):
     group: int | None = 2
     vocab: int = VOCAB
     budget: int = CHUNK_BYTES["cuda"]
+    policy: dict[str, Any] | None = None  # a policy loss, each pair two sequences
 
 
+BONUS = {"entropy_coef": 0.01, "entropy_normalizer": 8192.0}
+SEQUENCE = {"level": "sequence"}
 CASES = [
     Case("8192 rows, trainable", 8192, 8),
     Case("8192 rows, trainable, statistics", 8192, 8, statistics=True),
@@ -69,6 +72,14 @@ CASES = [
     Case("8192 rows, one pair", 8192, 1),
     Case("32768 rows, trainable", 32768, 32),
     Case("1024 rows, V = 128257", 1024, 2, vocab=128257),
+    Case("policy: 8192 rows, trainable", 8192, 8, policy={}),
+    Case("policy: 8192 rows, trainable, statistics", 8192, 8, statistics=True, policy={}),
+    Case("policy: 8192 rows, entropy bonus", 8192, 8, policy=BONUS),
+    Case("policy: 8192 rows, frozen", 8192, 8, trainable=False, policy={}),
+    Case("policy: 8192 rows, ratio of the sequence", 8192, 8, policy=SEQUENCE),
+    Case("policy: 8192 rows, that ratio and a bonus", 8192, 8, policy=BONUS | SEQUENCE),
+    Case("policy: 32768 rows, trainable", 32768, 32, policy={}),
+    Case("policy: 200 rows, trainable", 200, 2, policy={}),
 ]
 
 
@@ -115,6 +126,7 @@ class Counter(TorchDispatchMode):
 def as_on_gpu(counter: Counter) -> Iterator[None]:
     with (
         mock.patch.object(dispatch, "on_gpu", lambda tensor: True),
+        mock.patch.object(operators, "has_kernels", lambda device_type: True),
         mock.patch.object(gpu_head, "product", counter.product),
         counter,
     ):
@@ -128,16 +140,22 @@ def count(case: Case) -> Counter:
     index = torch.empty(case.rows, device="meta", dtype=torch.int64)
     lengths = (case.rows // (2 * case.pairs),) * (2 * case.pairs)
     counts = torch.empty(len(lengths), device="meta", dtype=torch.int64)
-    plan = Plan(
-        CompletionRows(index, index, counts, lengths),
-        2 * case.pairs if case.group is None else case.group,
-        case.budget // (4 * case.vocab),
-    )
+    rows, counter = CompletionRows(index, index, counts, lengths), Counter()
+    if case.policy is not None:
+        one_a_token = torch.empty(case.rows, device="meta")
+        one_a_sequence = torch.empty(len(lengths), device="meta")
+        with as_on_gpu(counter):
+            fused_linear_policy_loss(
+                hidden, weight, rows=rows, advantages=one_a_sequence, old_logps=one_a_token, normalizer=1.0,
+                statistics=case.statistics, max_chunk_bytes=case.budget, impl="fused", **case.policy,
+            )  # fmt: skip
+        return counter
+    group = 2 * case.pairs if case.group is None else case.group
+    plan = Plan(rows, group, case.budget // (4 * case.vocab))
 
     def losses(logps: Tensor, units: slice) -> Tensor:
         return F.softplus(logps.sum(0)).sum()
 
-    counter = Counter()
     with as_on_gpu(counter):
         options = LossOptions(plan, None, False, case.statistics, losses)
         LinearLoss.apply(hidden, weight, None, (1.0, None), options)

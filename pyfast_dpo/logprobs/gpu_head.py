@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfast_dpo.logprobs.head import Head, add_rows
-from pyfast_dpo.logprobs.scores import Scored, score_logits, write_gradient
+from pyfast_dpo.logprobs.scores import EntropyGradient, Scored, score_logits, write_gradient
 from pyfast_dpo.ops.dtypes import statistics_dtype
 
 # Products of logits have a multiple of so many rows, filled up: few numbers of rows, because another may be another
@@ -62,6 +62,12 @@ def rows_that_wait(head: Head) -> int:
     return max(1, 4 * weight.shape[1] // weight.element_size())
 
 
+def piece_rows(max_rows: int) -> int:
+    """Rows of a piece, whose logits exist at a time, where those of `max_rows` fit the budget."""
+    grain = min(GRAIN, max_rows)
+    return max_rows // grain * grain
+
+
 class GpuHead:
     """One pass over rows of the hidden states: their logits in pieces, and what is kept of these for the gradients
     of the inputs that ask for them.
@@ -83,7 +89,7 @@ class GpuHead:
         self.states, self.head, self.dtype = hidden, head, dtype
         self.wide = statistics_dtype(hidden.dtype)
         self.grain = min(GRAIN, max_rows)
-        self.size = max_rows // self.grain * self.grain  # of a piece
+        self.size = piece_rows(max_rows)
         vocab, whole = head.weight.shape[0], head.weight.shape[0] // LANES * LANES
         parts = slice(0, whole), slice(whole, vocab)
         self.parts = [part for part in parts if part.start < part.stop]
@@ -120,16 +126,23 @@ class GpuHead:
         for piece, logits in self.pieces(index):
             yield piece, score_logits(logits, targets[piece])
 
-    def keep(self, scored: Scored, coefficients: Tensor) -> None:
-        """coefficient of a row times d log-prob / d (x W^T + bias)."""
-        write_gradient(scored, coefficients, self.head, self._place(scored.logits.shape[0]))
+    def lacks(self, rows: int) -> bool:
+        """Whether so many more rows find no place among those that are kept."""
+        return self.count + rows > self.kept.shape[0]
+
+    def keep(
+        self, scored: Scored, coefficients: Tensor | None, of_entropy: EntropyGradient | None = None
+    ) -> None:
+        """coefficient of a row times d log-prob / d (x W^T + bias), and the entropy's gradient."""
+        place = self._place(scored.logits.shape[0])
+        write_gradient(scored, coefficients, self.head, place, of_entropy)
 
     def keep_gradient(self, gradient: Tensor) -> None:
         """One `[r, V]` that was computed otherwise."""
         self._place(gradient.shape[0]).copy_(gradient)
 
     def _place(self, rows: int) -> Tensor:
-        if self.frozen and self.count + rows > self.kept.shape[0]:
+        if self.frozen and self.lacks(rows):
             self._multiply_rows()
         self.count += rows
         return self.kept[self.count - rows : self.count]

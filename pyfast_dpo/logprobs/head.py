@@ -131,6 +131,12 @@ class WeightGradient:
         elif self.total is None:
             self.total = self._empty(torch.float32)
 
+    def skip(self, rows: int) -> None:
+        """A part of so many rows that adds nothing; memory that was lent to it is not."""
+        self.remaining -= rows
+        if self.spare is not None:
+            self.total = self.spare = None
+
     def add(self, gradient: Tensor, rows: Tensor, tile: slice) -> None:
         """For the vocabulary entries of the tile: gradient `[r, v]` as in gradient_of_rows, rows `[r, H]`."""
         total = None if self.total is None else self.total[tile]

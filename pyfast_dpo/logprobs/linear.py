@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyfast_dpo.logprobs import oracle
-from pyfast_dpo.logprobs.chunks import LinearLogps, LinearLoss
+from pyfast_dpo.logprobs.chunks import LinearLogps
 from pyfast_dpo.logprobs.head import Head
 from pyfast_dpo.logprobs.linear_checks import (
     check_labels_or_rows,
@@ -25,6 +25,7 @@ from pyfast_dpo.logprobs.linear_checks import (
     rows_in_budget,
     under_autocast,
 )
+from pyfast_dpo.logprobs.linear_loss import linear_loss
 from pyfast_dpo.logprobs.plan import Plan
 from pyfast_dpo.logprobs.rows import CompletionRows
 from pyfast_dpo.logprobs.scores import sums_of_sequences
@@ -238,13 +239,8 @@ def loss_of(
     hidden = under_autocast(hidden)
     if row_weights is not None:
         row_weights = row_weights.to(statistics_dtype(hidden.dtype))
-    loss, logps, *others = LinearLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head.weight,
-        head.bias,
-        (head.logit_scale, head.softcap),
-        LossOptions(plan, row_weights, average, statistics, loss_fn),
-    )
+    options = LossOptions(plan, row_weights, average, statistics, loss_fn)
+    loss, logps, *others = linear_loss(hidden, head, options)
     if not statistics:
         return FusedLinearLoss(loss, logps, tuple(others), None)
     return FusedLinearLoss(loss, logps, tuple(others[4:]), LinearStatistics(*others[:4]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -37,10 +39,10 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a pass over rows is cut: unit u consists of the sequences u, U + u, 2 U + u, ..."""
+    """How a pass over rows is cut: unit u consists of the sequences u, U + u, 2 U + u, ... or of row u."""
 
     rows: CompletionRows
-    group: int  # sequences in a unit
+    group: int  # sequences in a unit; 0: every row is one
     max_rows: int  # rows whose logits fit the budget
     # The budget is for kept gradients (`keeps_gradients`), and half as much beside it for logits.
     kept: bool = False
@@ -62,14 +64,21 @@ class Plan(NamedTuple):
         return min(-(-self.max_rows // (2 * panel)) * panel, self.max_rows)
 
     def units(self) -> int:
-        return len(self.rows.lengths) // self.group
+        return len(self.rows.lengths) // self.group if self.group else int(self.rows.index.shape[0])
+
+    def _borders(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Rows before every sequence, or row; and in the units before every unit."""
+        units, lengths = self.units(), self.rows.lengths
+        if not self.group:
+            return range(units + 1), range(units + 1)
+        return [0, *accumulate(lengths)], [
+            0, *accumulate(sum(lengths[u::units]) for u in range(units))
+        ]  # fmt: skip
 
     def chunks(self) -> list[Chunk]:
         """Consecutive units that fit the budget together, in the order of their computation; a single empty
         chunk when there are no units."""
-        units, lengths = self.units(), self.rows.lengths
-        starts = [0, *accumulate(lengths)]
-        ends = [0, *accumulate(sum(lengths[u::units]) for u in range(units))]  # rows before a unit
+        units, (starts, ends) = self.units(), self._borders()
 
         def rows_of(first: int, last: int) -> int:
             return ends[last] - ends[first]
@@ -77,9 +86,8 @@ class Plan(NamedTuple):
         spans: list[tuple[int, int]] = []
         first = 0
         while first == 0 or first < units:
-            last = min(first + 1, units)
-            while last < units and rows_of(first, last + 1) <= self.chunk_rows:
-                last += 1
+            last = bisect_right(ends, ends[first] + self.chunk_rows) - 1
+            last = min(max(last, first + 1), units)
             spans.append((first, last))
             first = max(last, 1)
         lent = max(
@@ -98,7 +106,10 @@ class Plan(NamedTuple):
         return [
             Chunk(
                 slice(first, last),
-                [(starts[k * units + first], starts[k * units + last]) for k in range(self.group)],
+                [
+                    (starts[k * units + first], starts[k * units + last])
+                    for k in range(max(self.group, 1))
+                ],
                 (first, last) == lent,
             )
             for first, last in spans

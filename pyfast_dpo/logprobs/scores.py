@@ -33,6 +33,16 @@ class Scored(NamedTuple):
     statistics: Statistics
 
 
+class EntropyGradient(NamedTuple):
+    """What the entropies of the rows bring to a gradient, `[r]` each."""
+
+    entropy: Tensor
+    coefficients: Tensor
+
+    def of(self, rows: slice) -> EntropyGradient:
+        return EntropyGradient(self.entropy[rows], self.coefficients[rows])
+
+
 def score(states: Tensor, targets: Tensor, head: Head, buffer: LogitsBuffer) -> Scored:
     """The logits are valid until the next call with this buffer."""
     return score_logits(head.logits(states, buffer), targets)
@@ -57,46 +67,44 @@ def keeps_gradients(head: Head, wanted: tuple[bool, bool, bool]) -> bool:
     )
 
 
-def gradient_of_logits(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
-    """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias), in the dtype of the logits, which it
-    overwrites if it can."""
-    arguments = _backward_arguments(scored, coefficients)
-    if head.softcap is None:
-        operators.seq_logp_backward_(*arguments)
-        return head.backward_through_activation(scored.logits, scored.logits)
-    return head.backward_through_activation(
-        operators.seq_logp_backward(*arguments)[0], scored.logits
-    )
+def gradient_of_logits(
+    scored: Scored, coefficients: Tensor | None, head: Head, of_entropy: EntropyGradient | None = None
+) -> Tensor:  # fmt: skip
+    """`[r, V]`: coefficient of a row times d log-prob / d (x W^T + bias), and the entropy's beside it, in the dtype
+    of the logits, which it overwrites if it can."""
+    logits = scored.logits
+    out = logits if head.softcap is None else torch.empty_like(logits)
+    _write(scored, coefficients, of_entropy, out)
+    return head.backward_through_activation(out, logits)
 
 
-def write_gradient(scored: Scored, coefficients: Tensor, head: Head, out: Tensor) -> None:
+def write_gradient(
+    scored: Scored, coefficients: Tensor | None, head: Head, out: Tensor, of_entropy: EntropyGradient | None = None
+) -> None:  # fmt: skip
     """The same, rounded once to the dtype of out `[r, V]`: without a soft-cap in one pass, which reads the logits and
     writes it."""
-    if head.softcap is None:
-        if head.logit_scale != 1.0:
+    if head.softcap is not None:
+        out.copy_(gradient_of_logits(scored, coefficients, head, of_entropy))
+        return
+    if head.logit_scale != 1.0:
+        if coefficients is not None:
             coefficients = coefficients * head.logit_scale
-        arguments = _backward_arguments(scored, coefficients)
-        operators.seq_logp_backward_out(*arguments, out.unsqueeze(0))
-    else:
-        out.copy_(gradient_of_logits(scored, coefficients, head))
+        if of_entropy is not None:
+            scaled = of_entropy.coefficients * head.logit_scale
+            of_entropy = of_entropy._replace(coefficients=scaled)
+    _write(scored, coefficients, of_entropy, out)
 
 
-def _backward_arguments(scored: Scored, coefficients: Tensor) -> tuple[Any, ...]:
+def _write(
+    scored: Scored, coefficients: Tensor | None, of_entropy: EntropyGradient | None, out: Tensor
+) -> None:
+    """Before the head's activation."""
     logits = scored.logits.unsqueeze(0)
-    return (
-        None, coefficients.unsqueeze(0), logits, scored.targets.unsqueeze(0),
+    operators.seq_logp_backward_out(
+        None, None if coefficients is None else coefficients.unsqueeze(0), logits, scored.targets.unsqueeze(0),
         *(values.unsqueeze(0) for values in scored.statistics), logits.new_ones(1), NONE_IGNORED, False,
+        out.unsqueeze(0), *(values.unsqueeze(0) for values in of_entropy or ()),
     )  # fmt: skip
-
-
-def gradient_of_entropy(scored: Scored, coefficients: Tensor, head: Head) -> Tensor:
-    """`[r, V]`: coefficient of a row times d entropy / d (x W^T + bias), in a new matrix."""
-    logps = scored.logits.log_softmax(-1)
-    weights = logps.exp()
-    logps = logps.masked_fill_(weights == 0, 0.0)  # 0 log 0 = 0
-    entropy = -(weights * logps).sum(-1, keepdim=True)
-    gradient = logps.add_(entropy).mul_(weights).mul_(-coefficients.unsqueeze(1))
-    return head.backward_through_activation(gradient, scored.logits)
 
 
 def gradient_of_tile(
@@ -107,7 +115,8 @@ def gradient_of_tile(
     coefficients: Tensor,
     head: Head,
 ) -> Tensor:
-    """The same for vocabulary entries from `first` on, logits `[r, v]`, from the statistics of whole rows."""
+    """`gradient_of_logits` for vocabulary entries from `first` on, logits `[r, v]`, from the statistics of whole
+    rows."""
     z = logits if head.softcap is None else logits.clone()
     gradient = z.sub_(statistics.row_max.unsqueeze(1)).exp_()
     gradient *= (-coefficients / statistics.row_sum).unsqueeze(1)
@@ -119,6 +128,27 @@ def gradient_of_tile(
     of_target = torch.where(inside.unsqueeze(1), of_target, gradient.gather(1, column))
     gradient.scatter_(1, column, of_target)
     return head.backward_through_activation(gradient, logits)
+
+
+def rows_with_gradient(coefficients: Tensor, tokens: Tensor) -> Tensor | None:
+    """On the CPU: which rows have a coefficient (or are NaN, which 0 does not hide), where products without the
+    others have fewer panels; else None."""
+    present = ((coefficients != 0) | tokens.isnan()).nonzero().squeeze(1)
+    panel = operators.HEAD_PANEL_ROWS
+    if -(-present.shape[0] // panel) == -(-tokens.shape[0] // panel):
+        return None
+    return present
+
+
+def at_the_end(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The last rows of the matrix, to which these, in ascending order, were moved: where `WeightGradient.lend` expects
+    them, and in no fresh memory."""
+    place = matrix.shape[0]
+    for row in reversed(rows.tolist()):
+        place -= 1
+        if row != place:
+            matrix[place].copy_(matrix[row])
+    return matrix[place:]
 
 
 class Gradients:
@@ -141,20 +171,45 @@ class Gradients:
             torch.zeros_like(head.bias, dtype=wide) if wanted[2] and head.bias is not None else None
         )
 
-    def add(self, gradient: Tensor, states: Tensor, index: Tensor) -> None:
-        """From the gradient of the logits of the rows that `index` took from the hidden states."""
-        if self.weight is not None:
-            self.weight.start(states.shape[0])
+    def add(
+        self,
+        scored: Scored,
+        coefficients: Tensor | None,
+        states: Tensor,
+        index: Tensor,
+        of_entropy: EntropyGradient | None = None,
+    ) -> None:
+        """Of the rows that `index` took from the hidden states. Their logits are overwritten."""
+        rows = states.shape[0]
+        if coefficients is not None and of_entropy is None:
+            present = rows_with_gradient(coefficients, scored.statistics.tokens)
+            if present is not None:
+                scored = Scored(
+                    at_the_end(scored.logits, present),
+                    scored.targets[present],
+                    Statistics(*(values[present] for values in scored.statistics)),
+                )
+                coefficients, states, index = coefficients[present], states[present], index[present]
+        if not self._start(rows, states.shape[0]):
+            return
+        gradient = gradient_of_logits(scored, coefficients, self.head, of_entropy)
         if self.hidden is not None:
             add_rows(self.hidden, index, self.head.gradient_of_rows(gradient))
         self._add_to_head(gradient, states, slice(0, gradient.shape[1]))  # last: may overwrite it
 
-    def add_kept(self, kept: Tensor, coefficients: Tensor, states: Tensor, index: Tensor) -> None:
+    def add_kept(
+        self, kept: Tensor, coefficients: Tensor, tokens: Tensor, states: Tensor, index: Tensor
+    ) -> None:
         """From d log-prob / d logits `[r, V]` of rows whose coefficients are known now. For the weight the
         coefficients are multiplied into the states, which are few, and rounded once more."""
+        rows, present = states.shape[0], rows_with_gradient(coefficients, tokens)
+        if present is not None:
+            kept = at_the_end(kept, present)
+            coefficients, states, index = coefficients[present], states[present], index[present]
+        if not self._start(rows, states.shape[0]):
+            return
         factors = coefficients.unsqueeze(1)
         if self.weight is not None:
-            self.weight.start(states.shape[0])
             whole = slice(0, kept.shape[1])
             self.weight.add(kept, (states * factors).to(states.dtype), whole)
         if self.hidden is not None:
@@ -186,6 +241,15 @@ class Gradients:
                 part = head.gradient_of_rows(gradient)
                 of_rows = part if of_rows is None else of_rows.add_(part)
         return of_rows
+
+    def _start(self, rows: int, present: int) -> bool:
+        """Before a part of so many rows, of which some have a gradient; whether any has."""
+        if self.weight is not None:
+            if present or not rows:
+                self.weight.start(rows)
+            else:
+                self.weight.skip(rows)
+        return bool(present or not rows)
 
     def _add_to_head(self, gradient: Tensor, states: Tensor, tile: slice) -> None:
         if self.bias is not None:

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfast_dpo.logprobs.chunk_losses import ChunkLosses
 from pyfast_dpo.logprobs.plan import Chunk, Plan
 from pyfast_dpo.logprobs.scores import coefficients_of_rows, sums_of_sequences
-from pyfast_dpo.logprobs.statistics import LinearStatistics
-from pyfast_dpo.ops.dtypes import statistics_dtype
 
 # Loss of the units in the slice from their log-probs [group, n]: a scalar, or (scalar, tensors [n] to keep).
 LossFunction = Callable[[Tensor, slice], Tensor | tuple[Tensor, tuple[Tensor, ...]]]
@@ -24,28 +23,22 @@ class LossOptions(NamedTuple):
     statistics: bool
     loss_fn: LossFunction
 
+    def losses(self, like: Tensor, differentiate: bool) -> UnitLosses:
+        return UnitLosses(like, self, differentiate)
 
-class UnitLosses:
+
+class UnitLosses(ChunkLosses):
     """The user's loss of the units of one chunk after the other: its sum, and what comes out beside it."""
 
     def __init__(self, like: Tensor, options: LossOptions, differentiate: bool) -> None:
-        plan, wide = options.plan, statistics_dtype(like.dtype)
-        self.options, self.differentiate = options, differentiate
+        super().__init__(like, options.plan, options.statistics, differentiate)
+        self.options = options
         self.value = like.new_zeros((), dtype=torch.float64)
-        self.logps = like.new_empty((plan.group, plan.units()), dtype=wide)
+        self.logps = like.new_empty((self.plan.group, self.plan.units()), dtype=self.wide)
         self.outputs: dict[int, tuple[Tensor, ...]] = {}  # by first unit
-        self.statistics = empty_statistics(like, plan.rows.targets) if options.statistics else None
-
-    def measure(self, chunk: Chunk, logits: list[LinearStatistics]) -> None:
-        """Writes the statistics of the chunk's pieces."""
-        if self.statistics is None or not logits:
-            return
-        for values, parts in zip(self.statistics, zip(*logits, strict=True), strict=True):
-            chunk.write(values, torch.cat(parts))
 
     def coefficients(self, chunk: Chunk, tokens: Tensor) -> Tensor | None:
-        """d loss / d log-prob of every row of the chunk, from the log-probs of all of them."""
-        plan, average = self.options.plan, self.options.average
+        plan, average = self.plan, self.options.average
         weights = None if self.options.row_weights is None else chunk.of(self.options.row_weights)
         counts = plan.rows.counts.reshape(plan.group, -1)[:, chunk.units].flatten()
         own = self.logps[:, chunk.units]
@@ -61,14 +54,12 @@ class UnitLosses:
             per_sequence.flatten(), counts, weights, average, tokens.shape[0]
         )
 
-    def constants(self) -> tuple[Tensor, ...]:
-        """What has no gradient: log-probs, statistics, outputs of the loss."""
+    def finish(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         columns = zip(*(self.outputs[unit] for unit in sorted(self.outputs)), strict=True)
-        return (
-            self.logps.flatten(),
-            *(self.statistics or ()),
-            *(torch.cat(column) for column in columns),
-        )
+        outputs = (torch.cat(column) for column in columns)
+        return self.value.to(self.wide), (
+            self.logps.flatten(), *(self.statistics or ()), *outputs
+        )  # fmt: skip
 
 
 def _call(
@@ -91,10 +82,3 @@ def _call(
             )
         (gradient,) = torch.autograd.grad(value, leaf)
     return value.detach(), tuple(output.detach() for output in outputs), gradient
-
-
-def empty_statistics(like: Tensor, targets: Tensor) -> LinearStatistics:
-    entropy, mean, log_sum_sq = (
-        torch.empty_like(targets, dtype=statistics_dtype(like.dtype)) for _ in range(3)
-    )
-    return LinearStatistics(entropy, mean, torch.empty_like(targets, dtype=torch.bool), log_sum_sq)

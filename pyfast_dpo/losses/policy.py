@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 from pyfast_dpo.losses import policy_oracle
 from pyfast_dpo.losses.policy_table import POLICY_LOSSES, PolicyTerm, check_policy_options
 from pyfast_dpo.ops import operators
-from pyfast_dpo.ops.checks import check_choice, check_constants, check_tensor, describe
+from pyfast_dpo.ops.checks import (
+    check_choice,
+    check_constants,
+    check_same_device,
+    check_tensor,
+    describe,
+)
 from pyfast_dpo.ops.dispatch import Impl, use_kernels_for
 from pyfast_dpo.ops.dtypes import to_statistics_dtype
 
@@ -79,43 +86,100 @@ def policy_loss(
     if not logps.is_floating_point():
         raise TypeError(f"{name}: logps must be floating point, got {describe(logps)}")
     counts, flat_mask = token_layout(name, "logps", logps, mask, counts)
+    inputs = checked_inputs(
+        name, term, logps, counts.shape, old_logps, reference_logps, importance_sampling_ratio, advantages, normalizer
+    )  # fmt: skip
+    policy, *own = to_statistics_dtype(logps, *inputs.tensors())
+    assert policy is not None
+    inputs = inputs.with_tensors(None if tensor is None else tensor.flatten() for tensor in own)
+    use_kernels = use_kernels_for(name, impl, policy)
+    result = losses_of_tokens(policy.flatten(), inputs, counts, flat_mask, use_kernels)
+    return PolicyLoss(result.loss, *(values.view(logps.shape) for values in result[1:]))
+
+
+class PolicyInputs(NamedTuple):
+    """What a policy loss knows beside the log-probs, checked."""
+
+    old: Tensor | None  # of the shape of the log-probs, as the next two
+    reference: Tensor | None
+    correction: Tensor | None
+    advantages: Tensor  # of that shape, or one a sequence
+    term: PolicyTerm
+    normalizer: Tensor  # scalar, float64
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+    def with_tensors(self, tensors: Iterable[Tensor | None]) -> PolicyInputs:
+        old, reference, correction, advantages = tensors
+        assert advantages is not None
+        return PolicyInputs(old, reference, correction, advantages, self.term, self.normalizer)
+
+    def kernel(
+        self, logps: Tensor, counts: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The operator `policy_loss` of log-probs `[N]`: sums of the sequences `[S]`; losses, coefficients, KL
+        estimates, ratios, clipped `[N]`."""
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return operators.policy_loss(
+            logps, self.old, self.reference, self.advantages, self.correction, mask, offsets,
+            *self.term.formula_options(),
+        )  # fmt: skip
+
+
+def checked_inputs(
+    function: str,
+    term: PolicyTerm,
+    like: Tensor,
+    sequences: tuple[int, ...],
+    old_logps: Tensor | None,
+    reference_logps: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    advantages: Tensor,
+    normalizer: Tensor | float,
+) -> PolicyInputs:
+    """For log-probs of the shape and on the device of `like`; `sequences` is the shape of one number a sequence."""
     tensors = {
         "old_logps": old_logps,
         "reference_logps": reference_logps,
         "importance_sampling_ratio": importance_sampling_ratio,
     }
-    for argument, value in tensors.items():
-        _check_like(name, argument, value, logps)
-    sequences = counts.shape[0]
-    check_tensor(name, "advantages", advantages)
-    if advantages.shape not in (logps.shape, (sequences,)):
+    for name, value in tensors.items():
+        _check_like(function, name, value, like)
+    check_tensor(function, "advantages", advantages)
+    if advantages.shape not in (like.shape, sequences):
         raise ValueError(
-            f"{name}: advantages must have shape [{sequences}] or that of logps, {list(logps.shape)}, got "
-            f"{describe(advantages)}"
+            f"{function}: advantages must have shape {list(sequences)}, one a sequence, or "
+            f"{list(like.shape)}, one a token, got {describe(advantages)}"
         )
-    check_constants(name, advantages=advantages, **tensors)
+    check_same_device(function, "the log-probs", like, "advantages", advantages)
+    check_constants(function, advantages=advantages, **tensors)
     if reference_logps is None and term.beta > 0:
-        raise ValueError(f"{name}: beta {term.beta} needs reference_logps, got None")
-    divisor = checked_normalizer(name, normalizer, logps)
-    policy, old, reference, correction, gains = to_statistics_dtype(
-        *(
-            None if t is None else t.flatten()
-            for t in (logps, old_logps, reference_logps, importance_sampling_ratio, advantages)
-        )
+        raise ValueError(f"{function}: beta {term.beta} needs reference_logps, got None")
+    divisor = checked_normalizer(function, normalizer, like)
+    return PolicyInputs(
+        old_logps, reference_logps, importance_sampling_ratio, advantages, term, divisor
     )
-    assert policy is not None and gains is not None
-    shape = logps.shape
-    if use_kernels_for(name, impl, policy):
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        sums, losses, _, kl, ratios, clipped = operators.policy_loss(
-            policy, old, reference, gains, correction, flat_mask, offsets, *term.formula_options()
-        )
+
+
+def losses_of_tokens(
+    logps: Tensor,
+    inputs: PolicyInputs,
+    counts: Tensor,
+    mask: Tensor | None,
+    use_kernels: bool,
+) -> PolicyLoss:
+    """Of log-probs `[N]` of consecutive sequences, all in one dtype of the statistics."""
+    if use_kernels:
+        sums, losses, _, kl, ratios, clipped = inputs.kernel(logps, counts, mask)
     else:
+        old, reference, correction, advantages = inputs.tensors()
+        assert advantages is not None
         sums, losses, kl, ratios, clipped = policy_oracle.policy_loss(
-            policy, old, reference, gains, correction, flat_mask, counts, term
+            logps, old, reference, advantages, correction, mask, counts, inputs.term
         )
-    total = (sums.sum(dtype=torch.float64) / divisor).to(sums.dtype)
-    return PolicyLoss(total, *(t.view(shape) for t in (losses, ratios, kl, clipped)))
+    total = (sums.sum(dtype=torch.float64) / inputs.normalizer).to(sums.dtype)
+    return PolicyLoss(total, losses, ratios, kl, clipped)
 
 
 def policy_normalizer(
@@ -171,19 +235,19 @@ def checked_term(function: str, loss_type: str, level: str, options: dict[str, A
 _SPECIFIC = frozenset().union(*(spec.options for spec in POLICY_LOSSES.values()))
 
 
-def checked_normalizer(function: str, normalizer: Tensor | float, like: Tensor) -> Tensor:
+def checked_normalizer(
+    function: str, normalizer: Tensor | float, like: Tensor, name: str = "normalizer"
+) -> Tensor:
     """A scalar float64 on the device of `like`; a tensor there is not read."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
-            raise ValueError(
-                f"{function}: normalizer must be one number, got {describe(normalizer)}"
-            )
+            raise ValueError(f"{function}: {name} must be one number, got {describe(normalizer)}")
         return normalizer.detach().to(like.device, torch.float64).reshape(())
     if isinstance(normalizer, bool) or not isinstance(normalizer, int | float):
-        raise TypeError(f"{function}: normalizer must be a number, got {describe(normalizer)}")
+        raise TypeError(f"{function}: {name} must be a number, got {describe(normalizer)}")
     if not 0 < normalizer < float("inf"):
         raise ValueError(
-            f"{function}: normalizer must be positive and finite, got {normalizer}; see policy_normalizer"
+            f"{function}: {name} must be positive and finite, got {normalizer}; see policy_normalizer"
         )
     return torch.tensor(float(normalizer), dtype=torch.float64, device=like.device)
 

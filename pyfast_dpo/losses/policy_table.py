@@ -67,6 +67,10 @@ class PolicyTerm(NamedTuple):
     kl_estimator: str
     kl_with_ratio: bool
 
+    def couples_sequences(self) -> bool:
+        """Whether the gradient of a token depends on the others of its sequence."""
+        return self.sequence_level or self.spec.formula == "vespo"
+
     def formula_options(self) -> tuple[str | bool | float, ...]:
         """The last arguments of the operator `policy_loss`."""
         return (self.spec.formula, self.sequence_level, self.spec.sequence_means, *self[2:])

@@ -19,7 +19,9 @@ from pyfast_dpo.layout.attention import takes_shared_prompts
 from pyfast_dpo.layout.batches import Batch, completion_rows, model_inputs
 from pyfast_dpo.logprobs.fused_policy import (
     FusedPolicyLoss,
+    entropy_slope,
     fused_linear_policy_loss,
+    inputs_of_rows,
     policy_loss_of_logits,
 )
 from pyfast_dpo.logprobs.head import Head
@@ -119,7 +121,7 @@ class LogitsProjection:
         return sums_of_sequences(self.token_logps(rows), rows.counts, row_weights, average=False)
 
     def token_logps(self, rows: CompletionRows, temperature: float = 1.0) -> Tensor:
-        return token_logps(self._logits_at(rows, temperature), rows.targets)
+        return token_logps(self._logits_at("token_logps", rows, temperature), rows.targets)
 
     def loss(
         self,
@@ -148,11 +150,13 @@ class LogitsProjection:
         entropy_normalizer: Tensor | float | None = None,
         **options: Any,
     ) -> FusedPolicyLoss:
-        logits = self._logits_at(rows, temperature)
-        return policy_loss_of_logits(logits, rows, entropy_coef, entropy_normalizer, **options)
+        logits = self._logits_at("policy_loss", rows, temperature)
+        inputs = inputs_of_rows("policy_loss", logits, rows, **options)
+        entropy = entropy_slope("policy_loss", entropy_coef, entropy_normalizer, logits)
+        return policy_loss_of_logits(logits, rows, inputs, entropy)
 
-    def _logits_at(self, rows: CompletionRows, temperature: float) -> Tensor:
-        check_positive("token_logps", "temperature", temperature)
+    def _logits_at(self, function: str, rows: CompletionRows, temperature: float) -> Tensor:
+        check_positive(function, "temperature", temperature)
         logits = self.states(rows)
         if temperature == 1.0:
             return logits

@@ -18,10 +18,9 @@ from pyfast_dpo import (
     linear_sequence_logps,
     linear_token_logps,
 )
-from pyfast_dpo.logprobs import chunks, gpu_head
+from pyfast_dpo.logprobs import gpu_head, linear_loss
 from pyfast_dpo.logprobs.chunks import LinearLogps
 from pyfast_dpo.logprobs.plan import Plan
-from pyfast_dpo.ops import dispatch
 
 VOCAB, WIDTH = 215, 24  # 208 and 7 are multiplied apart
 PARTS = (208, 7)
@@ -36,23 +35,6 @@ class Batch(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     rows: CompletionRows
-
-
-@pytest.fixture
-def products(monkeypatch) -> list[tuple[int, int, int]]:
-    """Everything runs as on a GPU, with multiples of 8 rows; what is multiplied: (rows, depth, columns)."""
-    monkeypatch.setattr(dispatch, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(gpu_head, "GRAIN", 8)
-    monkeypatch.setattr(gpu_head, "FROZEN_ROWS", 16)
-    seen: list[tuple[int, int, int]] = []
-    plain = gpu_head.product
-
-    def counted(left: Tensor, right: Tensor, out: Tensor, accumulate: bool = False) -> None:
-        seen.append((*left.shape, right.shape[1]))
-        plain(left, right, out, accumulate)
-
-    monkeypatch.setattr(gpu_head, "product", counted)
-    return seen
 
 
 def rows_of_logits(products: list[tuple[int, int, int]]) -> list[int]:
@@ -154,7 +136,7 @@ def test_a_loss_costs_three_products_or_two_whatever_it_couples(
     products, monkeypatch, trainable, wait, rows, group
 ):
     """Every row once in each of them, but for rows that fill up the last piece of the first."""
-    monkeypatch.setattr(chunks, "rows_that_wait", lambda head: wait)
+    monkeypatch.setattr(linear_loss, "rows_that_wait", lambda head: wait)
     batch = make(torch.bfloat16, trainable)
     loss(batch, group=group, impl="fused", max_chunk_bytes=budget(rows, torch.bfloat16))
     assert TOTAL <= sum(rows_of_logits(products)) <= 2 * TOTAL + 16
@@ -221,7 +203,7 @@ def test_the_gradient_of_the_weight_is_rounded_once(products, monkeypatch, wait,
         plain(left, right, out, accumulate)
 
     monkeypatch.setattr(gpu_head, "product", watched)
-    monkeypatch.setattr(chunks, "rows_that_wait", lambda head: wait)
+    monkeypatch.setattr(linear_loss, "rows_that_wait", lambda head: wait)
     loss(make(torch.bfloat16), impl="fused", max_chunk_bytes=budget(5, torch.bfloat16))
     assert dtypes == expected
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyfast_dpo import CompletionRows, fused_linear_dpo_loss, fused_linear_loss
 from pyfast_dpo.logprobs import chunks
 from pyfast_dpo.logprobs.plan import Plan
+from pyfast_dpo.ops import operators
 
 # Scored tokens of pairs (chosen and rejected together), rows in the budget, rows in lent memory, the chunks in
 # the order of their computation as (first pair, pair behind the last, lent).
@@ -137,3 +138,18 @@ def test_rows_have_the_same_bits_wherever_their_logits_lie(dtype):
     for keep, rows in (([0], 8), ([0, 1, 2], 1000), ([1, 0, 2], 20), ([0, 1], 9), ([2, 0], 11)):
         for ours, alone in zip(run(keep, rows), expected, strict=True):
             assert torch.equal(bits(ours), bits(alone)), (keep, rows)
+
+
+def test_without_autograd_nothing_is_computed_for_gradients(monkeypatch):
+    """A trainable head asks for its gradient also under no_grad, which autograd's functions do not see."""
+    states, weight, labels = batch([(3, 4), (6, 8)], 24, torch.float32)
+    weight.requires_grad_()
+
+    def refused(*arguments: Tensor) -> None:
+        raise AssertionError("a product for a gradient")
+
+    for name in ("head_grad_rows", "head_grad_weight_"):
+        monkeypatch.setattr(operators, name, refused)
+    with torch.no_grad():
+        out = fused_linear_dpo_loss(states, weight, labels)
+    assert out.loss.isfinite() and not out.loss.requires_grad

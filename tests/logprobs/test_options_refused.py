@@ -45,6 +45,9 @@ CALLS: dict[str, Any] = {
     "fused_linear_loss": lambda **o: pyfast_dpo.fused_linear_loss(
         HIDDEN, WEIGHT, TARGETS, **{"loss_fn": share, **o}
     ),
+    "fused_linear_policy_loss": lambda **o: pyfast_dpo.fused_linear_policy_loss(
+        HIDDEN, WEIGHT, TARGETS, advantages=torch.ones(2), normalizer=1.0, **o
+    ),
 }
 LINEAR = [name for name in CALLS if "linear" in name]
 ON_LOGITS = [name for name in CALLS if "linear" not in name]
