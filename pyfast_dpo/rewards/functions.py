@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyfast_dpo.ops.checks import describe
+from pyfast_dpo.ops.checks import check_finite, describe
 from pyfast_dpo.rewards.classifiers import RewardClassifier
 
 RewardFunction = Callable[..., Any]
@@ -25,8 +27,8 @@ class RewardFunctions:
         functions: one or a list of
             - a function `f(prompts, completions, completion_ids, **columns)` that returns a number, or None where it
               does not apply, for each of N responses; prompts and completions are strings, or lists of messages.
-              Everything is given by keyword: also the columns of the data, and what the caller adds (`trainer_state`,
-              `log_extra`, `log_metric`), so it must take `**kwargs`;
+              Everything is given by keyword: also the columns of the data (but for those of these three names), and
+              what the caller adds (`trainer_state`, `log_extra`, `log_metric`), so it must take `**kwargs`;
             - a coroutine function of the same kind; several are awaited together;
             - a sequence classifier with one label (`AutoModelForSequenceClassification`), or its name: its logit.
         weights: one number a function, 1 by default.
@@ -34,7 +36,7 @@ class RewardFunctions:
         name: of who asks, for errors.
 
     Attributes:
-        names: of the functions, for metrics.
+        names: of the functions, for metrics; the second of two that are called the same ends in _2.
 
     Raises:
         TypeError, ValueError: no function; something that is none; weights of another number.
@@ -72,7 +74,7 @@ class RewardFunctions:
                     f"{name}: a reward function must be callable, a classifier or its name, got {describe(function)}"
                 )
             self._functions.append(function)
-        self.names = [_name_of(function) for function in self._functions]
+        self.names = _distinct([_name_of(function) for function in self._functions])
         if weights is not None and len(weights) != len(given):
             raise ValueError(
                 f"{name}: reward_weights must have one number for each of {len(given)} reward functions, got {weights}"
@@ -98,18 +100,21 @@ class RewardFunctions:
         """`[N, F]` float32, NaN where a function answered None.
 
         Raises:
-            ValueError, TypeError: another number of rewards than responses; NaN, infinity or no number as a reward.
+            ValueError, TypeError: another number of rewards than responses; NaN, infinity or no number as a reward; a
+                function that cannot be called with these columns.
 
         Warns:
             UserWarning: once, a response for which every function answered None.
         """
         arguments = {
+            **columns,
+            **extras,
             "prompts": list(prompts),
             "completions": list(completions),
             "completion_ids": list(completion_ids),
-            **columns,
-            **extras,
         }
+        for function_name, function in zip(self.names, self._functions, strict=True):
+            self._check_call(function_name, function, arguments)
         answers: list[Any] = [function(**arguments) for function in self._functions]
         waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
         if waiting:
@@ -135,10 +140,22 @@ class RewardFunctions:
         sums = (rewards * self.weights.to(rewards)).nansum(-1)
         return sums.masked_fill(rewards.isnan().all(-1), torch.nan)
 
+    def _check_call(self, name: str, function: RewardFunction, arguments: dict[str, Any]) -> None:
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise TypeError(
+                f"{self._name}: reward function {name!r} must take {', '.join(arguments)} by keyword, or **kwargs for what "
+                f"it does not need: {error}"
+            ) from None
+        except ValueError:  # a function in C that does not say what it takes
+            pass
+
     def _checked(self, function: str, answer: Any, count: int) -> list[float]:
-        values = answer.tolist() if isinstance(answer, Tensor) else answer
-        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
-            got = f"{len(values)} values" if isinstance(values, Sequence) else type(answer).__name__
+        values = answer.tolist() if isinstance(answer, Tensor | np.ndarray) else answer
+        is_list = isinstance(values, Sequence) and not isinstance(values, str)
+        if not is_list or len(values) != count:
+            got = f"{len(values)} values" if is_list else describe(answer)
             raise ValueError(
                 f"{self._name}: reward function {function!r} must return a list of {count} rewards, one a response, got {got}"
             )
@@ -147,25 +164,29 @@ class RewardFunctions:
             if value is None:
                 checked.append(math.nan)
                 continue
-            try:
-                checked.append(float(value))
-            except (TypeError, ValueError):
-                raise TypeError(
-                    f"{self._name}: reward function {function!r} must return numbers or None, got {value!r} for response "
-                    f"{number}"
-                ) from None
-            if not math.isfinite(checked[-1]):
-                raise ValueError(
-                    f"{self._name}: reward function {function!r} must return finite numbers, got {value!r} for response "
-                    f"{number}; None says that there is no reward"
-                )
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            what = (
+                f"what reward function {function!r} returns for response {number} (None: no reward)"
+            )
+            check_finite(self._name, what, value)
+            checked.append(float(value))
         return checked
 
 
 def _name_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
     return str(
         getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
     )
+
+
+def _distinct(names: list[str]) -> list[str]:
+    return [
+        name if (before := names[:i].count(name)) == 0 else f"{name}_{before + 1}"
+        for i, name in enumerate(names)
+    ]
 
 
 def _awaited(coroutines: list[Any]) -> list[Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,11 +69,24 @@ def test_coroutines_are_awaited_together_also_within_a_running_loop() -> None:
 @pytest.mark.parametrize(
     "answer, error, words",
     [
-        ([1.0, 2.0], ValueError, "list of 3 rewards, one a response, got 2 values"),
-        (1.0, ValueError, "list of 3 rewards, one a response, got float"),
-        ([1.0, float("nan"), 0.0], ValueError, "finite numbers, got nan for response 1; None says"),
-        ([1.0, 0.0, float("inf")], ValueError, "finite numbers, got inf for response 2"),
-        ([1.0, "good", 0.0], TypeError, "numbers or None, got 'good' for response 1"),
+        ([1.0, 2.0], ValueError, "must return a list of 3 rewards, one a response, got 2 values"),
+        (1.0, ValueError, "must return a list of 3 rewards, one a response, got float 1.0"),
+        ("abc", ValueError, "must return a list of 3 rewards, one a response, got str 'abc'"),
+        (
+            [1.0, float("nan"), 0.0],
+            ValueError,
+            "for response 1 .None: no reward. must be finite, got nan",
+        ),
+        ([1.0, 0.0, float("inf")], ValueError, "for response 2 .* must be finite, got inf"),
+        (
+            [1.0, 0.0, 1e39],
+            ValueError,
+            "for response 2 .* must be finite, got 1e[+]39",
+        ),  # infinite in float32
+        ([1.0, 0.0, 10**400], ValueError, "for response 2 .* must be a float or an int within"),
+        ([1.0, "good", 0.0], TypeError, "for response 1 .* must be a number, got str 'good'"),
+        (["1.0", 0.0, 0.0], TypeError, "for response 0 .* must be a number, got str '1.0'"),
+        (torch.zeros(3, 1), TypeError, "for response 0 .* must be a number, got list"),
     ],
     ids=str,
 )
@@ -79,8 +94,46 @@ def test_a_wrong_answer_names_the_function_and_the_response(answer, error, words
     def reward(**_):
         return answer
 
-    with pytest.raises(error, match=f"GRPOTrainer: reward function 'reward' must return.*{words}"):
+    with pytest.raises(error, match=f"GRPOTrainer: .*reward function 'reward' .*{words}"):
         score(reward)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [1, True, 0.5],
+        np.array([1.0, 1.0, 0.5]),
+        torch.tensor([1.0, 1.0, 0.5]),
+        [torch.tensor(1.0), np.float32(1), 0.5],
+    ],
+    ids=["numbers", "array", "tensor", "tensors"],
+)
+def test_rewards_are_numbers_of_any_kind(answer) -> None:
+    assert score(lambda **_: answer)[1][:, 0].tolist() == [1.0, 1.0, 0.5]
+
+
+def test_names_are_those_of_the_functions_and_distinct() -> None:
+    def scaled(factor, **_):
+        return [factor] * 3
+
+    functions = [partial(scaled, 1.0), partial(scaled, 2.0), lengths]
+    assert RewardFunctions(functions).names == ["scaled", "scaled_2", "lengths"]
+
+
+def test_a_column_does_not_take_the_place_of_prompts_and_responses() -> None:
+    assert score(lengths, columns={"completions": ["other"] * 3})[1][:, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda prompts, completions: [0.0] * 3, "unexpected keyword argument 'answer'"),
+        (lambda solution, **_: [0.0] * 3, "missing a required argument: 'solution'"),
+    ],
+)
+def test_a_function_that_does_not_fit_the_columns_is_told_so(function, words) -> None:
+    with pytest.raises(TypeError, match=f"'<lambda>' must take answer, trainer_state.*{words}"):
+        score(function, columns={"answer": [1, 2, 3]}, trainer_state=None)
 
 
 @pytest.mark.parametrize(
