@@ -28,15 +28,28 @@ PLAIN_CHAT_TEMPLATE = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    methods = ("dpo", "grpo")
+    add(
+        "method",
+        nargs="?",
+        choices=methods,
+        default="dpo",
+        help="from pairs, or from a reward (default: %(default)s)",
+    )
     add("--model", default=SMOLLM2, help="name or path of another model (default: %(default)s)")
-    add("--output_dir", default="runs/demo", help="default: %(default)s")
+    add("--output_dir", help="default: runs/demo, or runs/demo-grpo")
     add("--full", action="store_true", help="train all weights instead of a LoRA adapter")
     add("--steps", type=positive_int, default=24, help="default: %(default)s")
-    add("--batch_size", type=positive_int, default=4, help="pairs a step (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=4,
+        help="pairs or prompts a step (default: %(default)s)",
+    )
     add("--learning_rate", type=positive_float, help="default: 3e-4 for LoRA, 2e-5 with --full")
-    add("--beta", type=float, default=0.1, help="default: %(default)s")
+    add("--beta", type=float, help="pull to the reference; default: 0.1, or 0 for grpo")
     add("--seed", type=int, default=42, help="default: %(default)s")
-    add("--heldout", type=positive_int, help="use only the first so many held-out pairs")
+    add("--heldout", type=positive_int, help="use only the first so many held-out rows")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -135,8 +148,8 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
         print(f"{options.model} has no chat template; using 'role: content' lines")
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     config = DPOConfig(
-        output_dir=options.output_dir,
-        beta=options.beta,
+        output_dir=options.output_dir or "runs/demo",
+        beta=0.1 if options.beta is None else options.beta,
         learning_rate=options.learning_rate or (2e-5 if options.full else 3e-4),
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps,

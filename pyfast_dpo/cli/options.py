@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str]) -> tuple[CommandOptions, Config]:
 
     kinds: Any = (CommandOptions, flags_of(config))
     parser = HfArgumentParser(
-        kinds, prog="pyfast-dpo train", usage=USAGE, allow_abbrev=False, formatter_class=_Help
+        kinds, prog="pyfast-dpo train", usage=USAGE, allow_abbrev=False, formatter_class=OptionHelp
     )
     names = _names(kinds)
     parser.set_defaults(**dict(_defaults(known.config, entries, names)))
@@ -181,7 +181,7 @@ def parse(arguments: Sequence[str]) -> tuple[CommandOptions, Config]:
     return command, _config(config, command, given)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class OptionHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Each flag in one spelling, its value once, no word on defaults that are none."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

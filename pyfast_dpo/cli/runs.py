@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyfast_dpo.evaluation.curves import plot_curves
 from pyfast_dpo.evaluation.displacement import chosen_falling
 from pyfast_dpo.ops.extras import require
 
 if TYPE_CHECKING:
-    from pyfast_dpo.trainers.base import PreferenceTrainer
+    from pyfast_dpo.trainers.policy import PolicyTrainer
     from pyfast_dpo.trainers.progress import ProgressTable
 
 
@@ -21,7 +21,7 @@ def lora_config(rank: int, alpha: int | None = None, **options: Any) -> Any:
     return require("peft", "--lora").LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, **options)
 
 
-def add_table(trainer: PreferenceTrainer) -> ProgressTable:
+def add_table(trainer: PolicyTrainer) -> ProgressTable:
     """Replaces the Trainer's printing by the table."""
     from transformers.trainer_callback import PrinterCallback
 
@@ -33,7 +33,7 @@ def add_table(trainer: PreferenceTrainer) -> ProgressTable:
     return table
 
 
-def finish(trainer: PreferenceTrainer, report: dict[str, Any], *, title: str) -> None:
+def finish(trainer: PolicyTrainer, report: dict[str, Any], *, title: str) -> None:
     """Saves the model with its tokenizer, `metrics.json` and `curves.png` to the output folder, and says where
     everything lies."""
     trainer.save_model()  # by all processes, which gather sharded weights
@@ -51,7 +51,11 @@ def finish(trainer: PreferenceTrainer, report: dict[str, Any], *, title: str) ->
         saved.append(("curves", curves))
         steps = trainer.state.global_step
         print(f"loss: first {losses[0]:.7f}, last {losses[-1]:.4f}, over {steps} steps")
-    warning = chosen_falling(history, trainer.args.beta)
+    warning = (
+        chosen_falling(history, cast(Any, trainer.args).beta)
+        if history and "rewards/chosen" in history[0]
+        else None
+    )
     if warning:
         print(f"warning: {warning}")
     saved += [("checkpoint", checkpoint) for checkpoint in whole_checkpoints(folder)]

@@ -9,11 +9,13 @@ from typing import Any
 
 from pyfast_dpo.ops.extras import require
 
+History = Sequence[dict[str, Any]]
 CHOSEN, REJECTED, NEUTRAL = "#2a7f62", "#c8553d", "#33506e"
 
 
 def plot_curves(history: Sequence[dict[str, Any]], path: str | Path, *, title: str) -> Path:
-    """Draws loss, rewards, accuracy (for KTO the KL estimate) and log-probs over the steps.
+    """Draws loss, rewards, accuracy (for KTO the KL estimate) and log-probs over the steps; of on-policy runs reward,
+    length, entropy, and KL or loss.
 
     Args:
         history: `trainer.state.log_history`; evaluations are drawn as points.
@@ -36,8 +38,37 @@ def plot_curves(history: Sequence[dict[str, Any]], path: str | Path, *, title: s
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    loss, rewards, agreement, logps = figure.subplots(2, 2).flat
+    panels = figure.subplots(2, 2).flat
+    (_draw_online if "reward" in train[0] else _draw_preferences)(panels, train, evals)
+    figure.savefig(path, dpi=120)
+    return Path(path)
 
+
+def _draw_online(panels: Any, train: History, evals: History) -> None:
+    reward, length, entropy, last = panels
+    _panel(reward, "reward of a response", train, evals, [("reward", "reward", CHOSEN)])
+    low, high = (
+        [(e["step"], e["reward"] + sign * e["reward_std"]) for e in train if "reward" in e]
+        for sign in (-1, 1)
+    )
+    steps = [step for step, _ in low]
+    reward.fill_between(steps, [v for _, v in low], [v for _, v in high], color=CHOSEN, alpha=0.12)
+    _panel(
+        length,
+        "tokens of a response",
+        train,
+        evals,
+        [("mean", "completions/mean_length", NEUTRAL)],
+    )
+    _panel(entropy, "entropy of a token, in nats", train, evals, [("entropy", "entropy", NEUTRAL)])
+    if any("kl" in entry for entry in train):
+        _panel(last, "KL to the reference, in nats", train, evals, [("kl", "kl", REJECTED)])
+    else:
+        _panel(last, "loss", train, evals, [("loss", "loss", NEUTRAL)])
+
+
+def _draw_preferences(panels: Any, train: History, evals: History) -> None:
+    loss, rewards, agreement, logps = panels
     _panel(loss, "loss", train, evals, [("loss", "loss", NEUTRAL)])
     if abs(train[0]["loss"] - math.log(2)) < 1e-6:
         loss.axhline(math.log(2), color="0.6", linestyle=":", linewidth=1)
@@ -76,8 +107,6 @@ def plot_curves(history: Sequence[dict[str, Any]], path: str | Path, *, title: s
         evals,
         [("chosen", "logps/chosen", CHOSEN), ("rejected", "logps/rejected", REJECTED)],
     )
-    figure.savefig(path, dpi=120)
-    return Path(path)
 
 
 def _panel(

@@ -19,6 +19,17 @@ COLUMNS = (
 )
 
 
+ONLINE_COLUMNS = (
+    ("loss", "loss"),
+    ("reward", "reward"),
+    ("its deviation", "reward_std"),
+    ("length", "completions/mean_length"),
+    ("cut off", "completions/clipped_ratio"),
+    ("entropy", "entropy"),
+    ("kl", "kl"),
+)
+
+
 class ProgressTable(TrainerCallback):
     """Prints the main metrics of every log step and keeps the duration of the steps.
 
@@ -40,21 +51,28 @@ class ProgressTable(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._started = time.perf_counter()
         # disable=None: no bar where the output is not a terminal
         disable = None if state.is_world_process_zero else True
         self._bar = tqdm(total=state.max_steps, unit="step", disable=disable, leave=False)
 
-    def on_step_begin(
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        now = time.perf_counter()
+        self.step_seconds.append(
+            now - self._started
+        )  # what a step reads or writes before it included
+        self._started = now
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._started = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.step_seconds.append(time.perf_counter() - self._started)
-        if self._bar is not None:
-            self._bar.update()
+    on_save = on_evaluate
 
     def on_log(
         self,
@@ -68,8 +86,7 @@ class ProgressTable(TrainerCallback):
             return
         if "loss" in logs:
             if not self._columns:
-                absent = "kl" if "rewards/accuracies" in logs else "rewards/accuracies"
-                self._columns = [column for column in COLUMNS if column[1] != absent]
+                self._columns = _columns_of(logs)
                 header = "".join(f"{title:>15}" for title, _ in self._columns)
                 tqdm.write(f"{'step':>6}{header}{'s/step':>9}")
             cells = "".join(
@@ -82,7 +99,7 @@ class ProgressTable(TrainerCallback):
                 f"  eval after step {state.global_step}: "
                 + ", ".join(
                     f"{title} {logs[f'eval_{name}']:.4f}"
-                    for title, name in COLUMNS
+                    for title, name in (ONLINE_COLUMNS if "eval_reward" in logs else COLUMNS)
                     if f"eval_{name}" in logs
                 )
             )
@@ -92,3 +109,11 @@ class ProgressTable(TrainerCallback):
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _columns_of(logs: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of a run, by its first log entry."""
+    if "reward" in logs:
+        return [column for column in ONLINE_COLUMNS if column[1] != "kl" or "kl" in logs]
+    absent = "kl" if "rewards/accuracies" in logs else "rewards/accuracies"
+    return [column for column in COLUMNS if column[1] != absent]

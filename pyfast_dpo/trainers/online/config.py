@@ -248,7 +248,7 @@ class GRPOConfig(OnlineConfig):
     loss_type: str = "dapo"
     importance_sampling_level: str = "token"
     delta: float | None = None
-    scale_rewards: str | bool = "group"
+    scale_rewards: str = "group"  # or a bool, as TRL takes
     multi_objective_aggregation: str = "sum_then_normalize"
     use_bias_correction_kl: bool = True
     sapo_temperature_pos: float = 1.0
