@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import test_attention
+from model_families import MODELS, make
 from tiny_models import make_model, make_pairs, make_tokenizer
 from trainer_runs import config, dpo_trainer, lora, train_log
 from transformers import TrainerCallback
@@ -107,11 +107,11 @@ def test_training_has_the_same_bits_whichever_layers_are_kept(
         assert torch.equal(state[name], value), name
 
 
-@pytest.mark.parametrize("name", test_attention.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_family_trains_to_the_same_bits(tmp_path, tokenizer, name):
     runs = []
     for options in (ALL_KEPT, {"max_activation_bytes": HUGE}):
-        trainer = trainer_of(tmp_path, tokenizer, test_attention.make(name), **options)
+        trainer = trainer_of(tmp_path, tokenizer, make(name), **options)
         runs.append([entry["loss"] for entry in train_log(trainer)])
     assert trainer.kept_activations.layers_kept == 2
     assert runs[0] == runs[1]
