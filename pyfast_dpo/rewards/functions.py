@@ -75,10 +75,14 @@ class RewardFunctions:
                 )
             self._functions.append(function)
         self.names = _distinct([_name_of(function) for function in self._functions])
-        if weights is not None and len(weights) != len(given):
+        if weights is not None and (
+            not isinstance(weights, list | tuple) or len(weights) != len(given)
+        ):
             raise ValueError(
-                f"{name}: reward_weights must have one number for each of {len(given)} reward functions, got {weights}"
+                f"{name}: reward_weights must have one number for each of {len(given)} reward functions, got {weights!r}"
             )
+        for number, weight in enumerate(weights or ()):
+            check_finite(name, f"reward_weights[{number}]", weight)
         self.weights = torch.tensor([1.0] * len(given) if weights is None else list(weights))
         self._told = False
 

@@ -237,8 +237,10 @@ def check_positive_options(
     """Raises ValueError for an option below 1."""
     for option in options:
         value = getattr(config, option)
-        if value not in ((None, "auto") if or_none else ()) and value < 1:
+        if or_none and value in (None, "auto"):
+            continue
+        if not isinstance(value, int) or value < 1:
             unless = "None or " if or_none else ""
             raise ValueError(
-                f"{type(config).__name__}: {option} must be {unless}positive, got {value}"
+                f"{type(config).__name__}: {option} must be {unless}positive, got {value!r}"
             )

@@ -427,6 +427,12 @@ def test_completions_are_logged_as_a_table_and_kept_as_files(tmp_path, capsys) -
         ({"generation_batch_size": 24}, "multiple of the 16 responses"),
         ({"generation_batch_size": 32, "steps_per_generation": 2}, "say the same"),
         ({"scale_rewards": "prompt"}, "scale_rewards"),
+        ({"scale_rewards": None}, "scale_rewards"),
+        ({"resample_zero_variance": 0.5}, "a number of tries, got 0.5"),
+        ({"generation_kwargs": {"stop_token_ids": "a"}}, "a list of token ids, got 'a'"),
+        ({"num_generations": "8"}, "num_generations must be positive, got '8'"),
+        ({"reward_weights": [1.0, float("nan")]}, "must be finite, got nan"),
+        ({"reward_weights": "ab"}, "one number for each of 2"),
     ],
     ids=str,
 )
@@ -490,6 +496,25 @@ def test_plain_strings_for_a_tokenizer_of_chats_are_told_about(tmp_path) -> None
             make_model(), vowels, GRPOConfig(str(tmp_path), use_cpu=True, report_to=[], max_completion_length=8), make_prompts(),
             processing_class=make_tokenizer(CHAT_TEMPLATE),
         )  # fmt: skip
+
+
+def test_several_datasets_are_told_apart(tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"must be one dataset, got a dict of \['a', 'b'\]"):
+        make_trainer(
+            GRPOTrainer, GRPOConfig, tmp_path, rows={"a": make_prompts(), "b": make_prompts()}
+        )
+
+
+def test_a_column_that_only_some_rows_have_is_none_in_the_others(tmp_path) -> None:
+    seen = []
+
+    def reward(completions, hint, **others):
+        seen.extend(hint)
+        return [0.0] * len(completions)
+
+    rows = [*make_prompts(2), *({**row, "hint": "h"} for row in make_prompts(2))]
+    train_log(make_trainer(GRPOTrainer, GRPOConfig, tmp_path, [reward], rows, max_steps=1))
+    assert set(seen) == {None, "h"}
 
 
 def test_too_few_prompts_for_a_rollout_are_refused(tmp_path) -> None:

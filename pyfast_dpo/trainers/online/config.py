@@ -141,6 +141,12 @@ class OnlineConfig(PolicyConfig):
                 "top_p, top_k and min_p are options of their own"
             )
         stops = given.get("stop_token_ids")
+        if stops is not None and not (
+            isinstance(stops, list | tuple) and all(isinstance(token, int) for token in stops)
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: stop_token_ids of generation_kwargs must be a list of token ids, got {stops!r}"
+            )
         return Sampling(
             self.max_completion_length,
             self.temperature,
@@ -179,7 +185,11 @@ class OnlineConfig(PolicyConfig):
         check_positive_options(self, (*optional, "num_completions_to_print"), or_none=True)
         check_weight(name, "beta", self.beta)
         check_weight(name, "entropy_coef", self.entropy_coef)
-        check_weight(name, "resample_zero_variance", self.resample_zero_variance)
+        tries = self.resample_zero_variance
+        if not isinstance(tries, int) or tries < 0:
+            raise ValueError(
+                f"{name}: resample_zero_variance must be a number of tries, got {tries!r}"
+            )
         if not self.temperature > 0:
             raise ValueError(
                 f"{name}: temperature must be positive (the loss divides logits by it), got {self.temperature}"
@@ -259,10 +269,8 @@ class GRPOConfig(OnlineConfig):
     vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        words = {True: "group", False: "none", "true": "group", "false": "none"}
-        if not isinstance(self.scale_rewards, str) or self.scale_rewards.lower() in words:
-            given = self.scale_rewards
-            self.scale_rewards = words[given.lower() if isinstance(given, str) else given]
+        words = {"true": "group", "false": "none"}
+        self.scale_rewards = words.get(str(self.scale_rewards).lower(), self.scale_rewards)
         super().__post_init__()
 
     def _check(self) -> None:
@@ -334,7 +342,9 @@ class RLOOConfig(OnlineConfig):
                 f"{self.num_generations}"
             )
         given = self.reward_clip_range
-        if given is not None and (len(given) != 2 or not given[0] < given[1]):
+        if given is not None and (
+            not isinstance(given, list | tuple) or len(given) != 2 or not given[0] < given[1]
+        ):
             raise ValueError(f"{name}: reward_clip_range must be (least, most), got {given}")
         check_policy_options(
             name, "rloo", "sequence", epsilon=self.epsilon, epsilon_high=self.epsilon_high

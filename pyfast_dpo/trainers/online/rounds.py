@@ -45,6 +45,11 @@ class RoundTrainer(PolicyTrainer):
         """The dataset as prompts; what is prepared already, or nothing, stays as it is."""
         if dataset is None or isinstance(dataset, PreparedDataset):
             return dataset
+        if isinstance(dataset, Mapping) and name == "train":
+            raise TypeError(
+                f"{type(self).__name__}: train_dataset must be one dataset, got a {type(dataset).__name__} of "
+                f"{list(dataset)}; give one of them"
+            )
         if isinstance(dataset, Mapping):
             return {key: self._prompts(rows, args, key) for key, rows in dataset.items()}
         positions = self._positions

@@ -43,7 +43,8 @@ def score(
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    columns = {name: [row.get(name) for row in own] for name in rows[0] if name not in OWN_COLUMNS}
+    names = dict.fromkeys(name for row in rows for name in row if name not in OWN_COLUMNS)
+    columns = {name: [row.get(name) for row in own] for name in names}
     rewards = functions.score(
         prompts, completions, [each.ids for each in responses], columns, **extras
     )
