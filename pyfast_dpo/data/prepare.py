@@ -82,7 +82,7 @@ def prepare_pairs(
     examples_of = functools.partial(
         _pair, tokenize=TextTokenizer(tokenizer, max_length), given=dict(chat_template_kwargs or {})
     )
-    return prepare_rows(rows, examples_of, lambda row: PAIR_COLUMNS, iter, name, num_proc)
+    return prepare_rows(rows, examples_of, _columns_of_pairs, iter, name, num_proc)
 
 
 def prepare_unpaired(
@@ -118,11 +118,22 @@ def prepare_unpaired(
     return prepare_rows(
         rows,
         examples_of,
-        lambda row: PAIR_COLUMNS if is_pair(row) else UNPAIRED_COLUMNS,
+        _columns_of_unpaired,
         _with_mismatched_completions,
         name,
         num_proc,
     )
+
+
+# Functions with names: worker processes that are started anew get them by pickle.
+
+
+def _columns_of_pairs(row: Row) -> tuple[str, ...]:
+    return PAIR_COLUMNS
+
+
+def _columns_of_unpaired(row: Row) -> tuple[str, ...]:
+    return PAIR_COLUMNS if is_pair(row) else UNPAIRED_COLUMNS
 
 
 # One row -------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def prepare_prompts(
         tokenize=TextTokenizer(tokenizer, max_length),
         given=dict(chat_template_kwargs or {}),
     )
-    prepared = prepare_rows(rows, prompt_of, lambda row: ("prompt",), iter, name, None)
+    prepared = prepare_rows(rows, prompt_of, _columns_of_prompts, iter, name, None)
     if isinstance(prepared, StreamedDataset):
         raise ValueError(
             f"dataset: prompts must be a list or a datasets.Dataset, got {type(rows).__name__}, a stream without a "
@@ -64,6 +64,10 @@ def prepare_prompts(
             stacklevel=3,
         )
     return prepared
+
+
+def _columns_of_prompts(row: Row) -> tuple[str, ...]:
+    return ("prompt",)
 
 
 def _prompt(row: Row, tokenize: TextTokenizer, given: Mapping[str, Any]) -> Outcome:
