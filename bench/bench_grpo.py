@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_train import OURS, RESULT, TRL, peak_of_process, run_worker
-from common import OtherLoad, Spread, environment, spread
-from report import Bar, Progress, draw_bars, load_pyplot, megabytes, table, write_json
+from common import OtherLoad, Spread, ratios
+from report import Bar, Progress, draw_bars, load_pyplot, megabytes, table
+from workers import OURS, RESULT, TRL, in_turn, main, peak_of_process
 
 GROUPS, GROUP, MOST, WARMUP = 2, 8, 48, 1
 
@@ -139,12 +139,7 @@ def prompts(tokenizer: Any, case: Case, steps: int, data: Path) -> list[dict[str
 
 def measure(name: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     case, others = CASES[name], OtherLoad()
-    runs: dict[str, list[dict[str, Any]]] = {OURS: [], TRL: []}
-    for round_number in range(options.rounds):
-        order = (OURS, TRL) if round_number % 2 == 0 else (TRL, OURS)
-        for who in order:
-            progress.next(f"{name}: {who}, round {round_number + 1}/{options.rounds}")
-            runs[who].append(run_worker(__file__, who, name, options))
+    runs = in_turn(__file__, name, options, progress)
 
     def of_steps(who: str, value: Any) -> list[float]:
         """By step, the same prompts in every run."""
@@ -158,7 +153,7 @@ def measure(name: str, options: argparse.Namespace, progress: Progress) -> dict[
     memory = {who: [r["peak_memory"] for r in results] for who, results in runs.items()}
     tokens = {who: [t for r in results for t in r["tokens"]] for who, results in runs.items()}
     speeds = {
-        part: spread([b / a for a, b in zip(of_steps(OURS, value), of_steps(TRL, value), strict=True)])._asdict()
+        part: ratios(of_steps(TRL, value), of_steps(OURS, value))._asdict()
         for part, value in parts.items()
     }  # fmt: skip
     return {
@@ -171,7 +166,7 @@ def measure(name: str, options: argparse.Namespace, progress: Progress) -> dict[
         "speed_up": speeds,
         "mean_tokens": {who: statistics.mean(values) for who, values in tokens.items()},
         "peak_memory": {who: statistics.median(values) for who, values in memory.items()},
-        "memory_ratio": spread([a / b for a, b in zip(memory[OURS], memory[TRL], strict=True)])._asdict(),
+        "memory_ratio": ratios(memory[OURS], memory[TRL])._asdict(),
         "largest_logp_difference": max(r["logp_difference"] for r in runs[OURS]),
     }  # fmt: skip
 
@@ -229,42 +224,6 @@ def draw(content: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--steps", type=int, default=5, help="of each process, the first not counted"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--worker", choices=(OURS, TRL), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    from pyfast_dpo.cli.models import resolve_model
-
-    options.model = resolve_model(options.model)
-    if options.worker:
-        work(options.worker, options.case[0], options.steps, options.data, options.model)
-        return
-    torch.set_num_threads(options.threads)
-    facts = environment()
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    progress = Progress(2 * options.rounds * len(options.case))
-    path = options.out / "bench_grpo.json"
-    known = json.loads(path.read_text())["cases"] if path.exists() else []
-    for name in options.case:
-        result = measure(name, options, progress)
-        known = [entry for entry in known if entry["case"] != name] + [result]
-        print(report([result]), flush=True)
-        ordered = sorted(known, key=lambda entry: list(CASES).index(entry["case"]))
-        content = {"environment": facts, "cases": ordered}
-        write_json(path, content)
-    progress.done()
-    print(report(content["cases"]))
-    draw(content, options.out / "bench_grpo.png")
-
-
 if __name__ == "__main__":
-    main()
+    steps = 5, "of each process, the first not counted"
+    main(__doc__ or "", CASES, steps, work, measure, report, draw, "bench_grpo")

@@ -13,19 +13,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import OtherLoad, Spread, environment, ratios
-from report import Bar, Progress, draw_bars, load_pyplot, megabytes, table, write_json
-
-OURS, TRL = "pyfast_dpo", "trl"
-RESULT = "RESULT "
+from common import OtherLoad, Spread, ratios
+from report import Bar, Progress, draw_bars, load_pyplot, megabytes, table
+from workers import OURS, RESULT, TRL, in_turn, main, peak_of_process
 
 
 class Case(NamedTuple):
@@ -142,37 +138,9 @@ def _time_inside(trainer: Any) -> list[float]:
 # --- all of them ------------------------------------------------------------------------------------
 
 
-def peak_of_process() -> int:
-    """Bytes, of the whole life of this process."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-
-
-def run_worker(script: str, who: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a process of its own measured: the same script, told whose turn it is."""
-    command = [
-        sys.executable, script, "--worker", who, "--case", name, "--steps", str(options.steps),
-        "--data", str(options.data), "--model", options.model,
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "BENCH_THREADS": str(options.threads), "OMP_NUM_THREADS": str(options.threads),
-        "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            return json.loads(line.removeprefix(RESULT))
-    raise RuntimeError(f"{who}, {name}: no result\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-
 def measure(name: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     case, others = CASES[name], OtherLoad()
-    runs: dict[str, list[dict[str, Any]]] = {OURS: [], TRL: []}
-    for round_number in range(options.rounds):
-        order = (OURS, TRL) if round_number % 2 == 0 else (TRL, OURS)
-        for who in order:
-            progress.next(f"{name}: {who}, round {round_number + 1}/{options.rounds}")
-            runs[who].append(run_worker(__file__, who, name, options))
+    runs = in_turn(__file__, name, options, progress)
     steps = {
         who: [s for r in results for s in r["seconds"][WARMUP:]] for who, results in runs.items()
     }
@@ -245,42 +213,6 @@ def draw(content: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--steps", type=int, default=6, help="of each process, the first two not counted"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--worker", choices=(OURS, TRL), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    from pyfast_dpo.cli.models import resolve_model
-
-    options.model = resolve_model(options.model)
-    if options.worker:
-        work(options.worker, options.case[0], options.steps, options.data, options.model)
-        return
-    torch.set_num_threads(options.threads)
-    facts = environment()
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    progress = Progress(2 * options.rounds * len(options.case))
-    path = options.out / "bench_train.json"
-    old = json.loads(path.read_text())["cases"] if path.exists() else []
-    for name in options.case:
-        result = measure(name, options, progress)
-        old = [entry for entry in old if entry["case"] != name] + [result]
-        print(report([result]), flush=True)
-        ordered = sorted(old, key=lambda entry: list(CASES).index(entry["case"]))
-        content = {"environment": facts, "cases": ordered}
-        write_json(path, content)
-    progress.done()
-    print(report(content["cases"]))
-    draw(content, options.out / "bench_train.png")
-
-
 if __name__ == "__main__":
-    main()
+    steps = 6, "of each process, the first two not counted"
+    main(__doc__ or "", CASES, steps, work, measure, report, draw, "bench_train")
