@@ -69,12 +69,12 @@ def run(options: argparse.Namespace) -> int:
 
     print("\nbefore training: held-out pairs and answers ...")
     logps_before = pair_logps(trainer.model, heldout, collator)
-    answers_before = _answers(trainer.model, tokenizer, questions)
+    answers_before = answers_of(trainer.model, tokenizer, questions)
     print(f"DPO, {options.steps} steps of {options.batch_size} pairs\n")
     trainer.train()
     print("\nafter training: held-out pairs and answers ...")
     logps_after = pair_logps(trainer.model, heldout, collator)
-    answers_after = _answers(trainer.model, tokenizer, questions)
+    answers_after = answers_of(trainer.model, tokenizer, questions)
 
     report = {
         "options": vars(options),
@@ -143,23 +143,13 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     from pyfast_dpo.trainers import DPOConfig, DPOTrainer
 
     path = resolve_model(options.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if tokenizer.chat_template is None:
-        print(f"{options.model} has no chat template; using 'role: content' lines")
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    tokenizer = tokenizer_of(options.model, path, transformers)
     config = DPOConfig(
         output_dir=options.output_dir or "runs/demo",
         beta=0.1 if options.beta is None else options.beta,
         learning_rate=options.learning_rate or (2e-5 if options.full else 3e-4),
         per_device_train_batch_size=options.batch_size,
-        max_steps=options.steps,
-        logging_steps=1,
-        seed=options.seed,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **short_run(options),
     )
     trainer = DPOTrainer(
         model=path,
@@ -171,7 +161,32 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     return trainer, tokenizer
 
 
-def _answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
+def tokenizer_of(model: str, path: str, transformers: Any) -> Any:
+    """That of the model at `path`, with a chat template in any case."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        print(f"{model} has no chat template; using 'role: content' lines")
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def short_run(options: argparse.Namespace) -> dict[str, Any]:
+    """Of a config: a line of the table every step, no checkpoints, nobody else told."""
+    return {
+        "max_steps": options.steps,
+        "logging_steps": 1,
+        "seed": options.seed,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def answers_of(
+    model: Any, tokenizer: Any, questions: Sequence[str], tokens: int = ANSWER_TOKENS
+) -> list[str]:
     """The beginning of the model's answer to each question, always taking the most likely token."""
     model.eval()
     prompts = [
@@ -187,7 +202,7 @@ def _answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
     output = model.generate(
         input_ids=batch["input_ids"].to(model.device),
         attention_mask=batch["attention_mask"].to(model.device),
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -6,9 +6,8 @@ import argparse
 import time
 from typing import Any
 
-import torch
-
 from pyfast_dpo.cli.console import friendly_errors, quiet_transformers
+from pyfast_dpo.cli.demo import answers_of, short_run, tokenizer_of
 from pyfast_dpo.cli.models import resolve_model
 from pyfast_dpo.cli.runs import add_table, finish, lora_config
 from pyfast_dpo.data import load_rows
@@ -29,22 +28,26 @@ def run(options: argparse.Namespace) -> int:
     with friendly_errors():
         trainer = _build(options)
     table = add_table(trainer)
-    questions = [row["prompt"] for row in trainer.eval_dataset]
+    questions = [row["prompt"][0]["content"] for row in trainer.eval_dataset]
+
+    def answers() -> list[str]:
+        """The likeliest ones, to the first questions."""
+        return answers_of(trainer.model, trainer.processing_class, questions[:SHOWN], MOST_TOKENS)
+
     print(f"\nreward: {short_sentence.__doc__}\n")
-    before, answers_before = trainer.evaluate(), _answers(trainer, questions)
+    before, answers_before = trainer.evaluate(), answers()
     print(
         f"\nGRPO, {options.steps} steps of {options.batch_size} prompts with {GROUP} responses each\n"
     )
     trainer.train()
-    after, answers_after = trainer.evaluate(), _answers(trainer, questions)
+    after, answers_after = trainer.evaluate(), answers()
     report = {
         "options": vars(options),
         "heldout_prompts": len(questions),
         "heldout_before": before,
         "heldout_after": after,
         "answers": [
-            [question[0]["content"], *pair]
-            for question, *pair in zip(questions, answers_before, answers_after, strict=False)
+            list(row) for row in zip(questions, answers_before, answers_after, strict=False)
         ],
         "seconds_per_step": table.seconds_per_step,
         "seconds_in_all": time.perf_counter() - started,
@@ -69,14 +72,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> Any:
     transformers = quiet_transformers("pyfast-dpo demo grpo")
-    from pyfast_dpo.cli.demo import PLAIN_CHAT_TEMPLATE
     from pyfast_dpo.trainers import GRPOConfig, GRPOTrainer
 
     path = resolve_model(options.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if tokenizer.chat_template is None:
-        print(f"{options.model} has no chat template; using 'role: content' lines")
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    tokenizer = tokenizer_of(options.model, path, transformers)
     config = GRPOConfig(
         output_dir=options.output_dir or "runs/demo-grpo",
         num_generations=GROUP,
@@ -88,14 +87,7 @@ def _build(options: argparse.Namespace) -> Any:
         learning_rate=options.learning_rate or (1e-5 if options.full else 3e-4),
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=2,
-        max_steps=options.steps,
-        logging_steps=1,
-        seed=options.seed,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **short_run(options),
     )
     return GRPOTrainer(
         model=path,
@@ -112,17 +104,3 @@ def _prompts(file: Any) -> list[dict[str, Any]]:
     """The questions of the demonstration's pairs, with the request for a form."""
     questions = [row["prompt"][0]["content"] for row in load_rows(file)]
     return [{"prompt": [{"role": "user", "content": f"{each} {REQUEST}"}]} for each in questions]
-
-
-def _answers(trainer: Any, questions: list[Any]) -> list[str]:
-    """The likeliest answers to the first questions."""
-    from pyfast_dpo.rollout import Sampling, TransformersEngine
-
-    tokenizer = trainer.processing_class
-    engine = TransformersEngine(trainer.accelerator.unwrap_model(trainer.model))
-    prompts = [
-        tokenizer.apply_chat_template(each, add_generation_prompt=True, return_dict=False)
-        for each in questions[:SHOWN]
-    ]
-    groups = engine.generate(prompts, 1, Sampling(max_tokens=MOST_TOKENS, temperature=0))
-    return [tokenizer.decode(group[0].ids, skip_special_tokens=True) for group in groups]

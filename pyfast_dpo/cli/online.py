@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from pyfast_dpo.cli.console import friendly_errors
 from pyfast_dpo.cli.models import loading, resolve_model
-from pyfast_dpo.cli.options import CommandDefaults, OptionHelp, also, with_underscores
+from pyfast_dpo.cli.options import CommandDefaults, OptionHelp, also, complete, with_underscores
 from pyfast_dpo.cli.runs import add_table, finish, lora_config
 from pyfast_dpo.data import load_rows
 from pyfast_dpo.rewards import READY, reward_by_name
@@ -120,11 +120,7 @@ def _config(
     values["per_device_train_batch_size"] = (
         values["per_device_train_batch_size"] or 4 * values["num_generations"]
     )
-    values["per_device_eval_batch_size"] = (
-        values["per_device_eval_batch_size"] or values["per_device_train_batch_size"]
-    )
-    if values["learning_rate"] is None:
-        values["learning_rate"] = 1e-4 if command.lora else 1e-6
+    complete(values, command.lora)
     if command.dtype is not None:
         values["model_init_kwargs"] = {
             **(values["model_init_kwargs"] or {}),

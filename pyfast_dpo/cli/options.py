@@ -221,17 +221,22 @@ def _config(config: type[Config], command: CommandOptions, given: dict[str, Any]
     values = {f.name: given[f.name] for f in dataclasses.fields(config) if f.init}
     if isinstance(values["loss_type"], list):
         values["loss_type"] = [{"dpo": "sigmoid"}.get(n, n) for n in values["loss_type"]]
+    complete(values, command.lora)
+    if values["eval_steps"] is not None and command.eval_data and values["eval_strategy"] == "no":
+        values["eval_strategy"] = "steps"
+    return config(**values)
+
+
+def complete(values: dict[str, Any], lora: bool) -> None:
+    """Fills in what `CommandDefaults` leaves open, and checks how long the run is."""
     if values["learning_rate"] is None:
-        values["learning_rate"] = 1e-4 if command.lora else 1e-6
+        values["learning_rate"] = 1e-4 if lora else 1e-6
     if values["per_device_eval_batch_size"] is None:
         values["per_device_eval_batch_size"] = values["per_device_train_batch_size"]
     if values["max_steps"] != -1 and values["max_steps"] < 1:
         raise ValueError(f"--max_steps must be at least 1, got {values['max_steps']}")
     if not values["num_train_epochs"] > 0:
         raise ValueError(f"--num_train_epochs must be positive, got {values['num_train_epochs']}")
-    if values["eval_steps"] is not None and command.eval_data and values["eval_strategy"] == "no":
-        values["eval_strategy"] = "steps"
-    return config(**values)
 
 
 # Names and types -------------------------------------------------------------------------------------------
