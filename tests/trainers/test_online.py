@@ -345,6 +345,24 @@ def test_evaluation_has_the_same_random_numbers_every_time(tmp_path) -> None:
     assert trainer.model.training is False  # as it came
 
 
+def test_an_engine_gets_the_weights_once_an_evaluation(tmp_path) -> None:
+    """However many batches of prompts it has: to send them may take seconds."""
+    sent = []
+
+    class Engine(CannedEngine):
+        def update_weights(self, model, version):
+            sent.append(version)
+            super().update_weights(model, version)
+
+    trainer = make_trainer(
+        GRPOTrainer, GRPOConfig, tmp_path, engine=Engine(), eval_dataset=make_prompts(5),
+        per_device_eval_batch_size=4, max_steps=2,
+    )  # fmt: skip
+    trainer.evaluate()
+    trainer.train()
+    assert sent == [0, 0, 1]
+
+
 # Rewards --------------------------------------------------------------------------------------------------
 
 

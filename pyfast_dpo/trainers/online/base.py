@@ -37,8 +37,8 @@ NOTHING = 1e300
 
 
 class OnlineTrainer(RoundTrainer):
-    """Base of the trainers that learn from fresh responses. A method defines what scores become (`_judge`) and what
-    the loss is (`_loss`).
+    """Base of the trainers that learn from fresh responses. A method defines what scores become (`_advantages`, or
+    `_judge` for those of tokens) and what the loss is (`_loss`).
 
     A step takes `per_device_train_batch_size * gradient_accumulation_steps` responses a process. Those to one prompt
     stay one row, whatever the micro-batch; responses without a coefficient are not computed. Every sum is divided by
@@ -171,6 +171,7 @@ class OnlineTrainer(RoundTrainer):
         size, served = args.per_device_train_batch_size, args.steps_per_generation
         for place, numbers in enumerate(batches, start=self._batches_read - len(batches)):
             if place % (served * args.num_iterations) == 0:
+                self._send_weights()
                 rows = [cast(Any, self.train_dataset)[number] for number in numbers]
                 responses = self._roll_out(
                     rows,
@@ -275,10 +276,11 @@ class OnlineTrainer(RoundTrainer):
             metrics.add("sampling/importance_sampling_ratio/mean", weights.sum(), rows)
             for name, value in (("min", weights.min()), ("max", weights.max())):
                 metrics.add_extreme(f"sampling/importance_sampling_ratio/{name}", value)
-        if self.args.loss_options()["loss_type"] == "cispo":
+        loss_type = self.args.loss_options()["loss_type"]
+        if loss_type == "cispo":
             metrics.add("cispo_clip_ratio", (result.clipped > 0).sum(), rows)
             return
-        if "epsilon" not in POLICY_LOSSES[self.args.loss_options()["loss_type"]].options:
+        if "epsilon" not in POLICY_LOSSES[loss_type].options:
             return
         scored = completion_rows(inputs)
         for name, extreme, where in (
@@ -332,6 +334,7 @@ class OnlineTrainer(RoundTrainer):
         args = self.args
         group = args.num_generations_eval or args.num_generations
         size = max(1, args.eval_batch_size * self.accelerator.num_processes // group)
+        self._send_weights()
         for start in range(0, len(dataset), size):
             rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
             responses = self._roll_out(rows, group, "eval", 0, start)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pyfast_dpo.losses.advantages import group_advantages
 from pyfast_dpo.trainers.online.base import OnlineTrainer
 from pyfast_dpo.trainers.online.config import GRPOConfig
-from pyfast_dpo.trainers.online.rollouts import Response
 from pyfast_dpo.trainers.online.scores import Table
 
 
@@ -44,16 +44,12 @@ class GRPOTrainer(OnlineTrainer):
         "https://arxiv.org/abs/2402.03300",
     )
 
-    def _judge(self, responses: list[Response], table: Table, first: int, group: int) -> None:
+    def _advantages(self, table: Table, group: int) -> Tensor:
         scale = str(self.args.scale_rewards)
         if self.args.multi_objective_aggregation == "sum_then_normalize":
-            advantages = group_advantages(table.rewards.view(-1, group), scale=scale)
-        else:
-            # GDPO: each reward in its group, then the sum over the whole rollout as one group.
-            per_function = table.per_function.T.reshape(table.per_function.shape[1], -1, group)
-            scaled = group_advantages(per_function).flatten(1).T
-            scaled = torch.where(table.per_function.isnan(), torch.nan, scaled)
-            advantages = group_advantages(self.reward_functions.weighted(scaled).view(1, -1))
-        own = advantages.flatten()[first : first + len(responses)]
-        for each, advantage in zip(responses, own, strict=True):
-            each.constants["advantages"] = advantage.view(1).clone()
+            return group_advantages(table.rewards.view(-1, group), scale=scale).flatten()
+        # GDPO: each reward in its group, then the sum over the whole rollout as one group.
+        per_function = table.per_function.T.reshape(table.per_function.shape[1], -1, group)
+        scaled = group_advantages(per_function).flatten(1).T
+        scaled = torch.where(table.per_function.isnan(), torch.nan, scaled)
+        return group_advantages(self.reward_functions.weighted(scaled).view(1, -1)).flatten()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pyfast_dpo.losses.advantages import group_advantages, rloo_advantages
 from pyfast_dpo.trainers.online.base import OnlineTrainer
 from pyfast_dpo.trainers.online.config import RLOOConfig
-from pyfast_dpo.trainers.online.rollouts import Response
 from pyfast_dpo.trainers.online.scores import Table
 
 
@@ -28,16 +28,13 @@ class RLOOTrainer(OnlineTrainer):
         "https://arxiv.org/abs/2402.14740",
     )
 
-    def _judge(self, responses: list[Response], table: Table, first: int, group: int) -> None:
+    def _advantages(self, table: Table, group: int) -> Tensor:
         rewards = table.rewards
         if self.args.reward_clip_range is not None:
             rewards = rewards.clamp(*self.args.reward_clip_range)
         rewards = rewards - self.args.beta * table.kl
         advantages = rloo_advantages(rewards.view(-1, group)).flatten()
-        if self.args.normalize_advantages:
-            there = torch.where(rewards.isnan(), torch.nan, advantages)
-            advantages = group_advantages(there.view(1, -1)).flatten()
-        for each, advantage in zip(
-            responses, advantages[first : first + len(responses)], strict=True
-        ):
-            each.constants["advantages"] = advantage.view(1).clone()
+        if not self.args.normalize_advantages:
+            return advantages
+        there = torch.where(rewards.isnan(), torch.nan, advantages)
+        return group_advantages(there.view(1, -1)).flatten()

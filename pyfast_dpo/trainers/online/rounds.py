@@ -39,6 +39,12 @@ class RoundTrainer(PolicyTrainer):
 
     def _judge(self, responses: list[Response], table: Table, first: int, group: int) -> None:
         """Sets the constant `advantages` of responses, which are the ones from `first` on in the table."""
+        own = self._advantages(table, group)[first : first + len(responses)]
+        for each, advantage in zip(responses, own, strict=True):
+            each.constants["advantages"] = advantage.view(1).clone()
+
+    def _advantages(self, table: Table, group: int) -> Tensor:
+        """`[N]`, one for each response of the table."""
         raise NotImplementedError
 
     def _prompts(self, dataset: Any, args: OnlineConfig, name: str) -> Any:
@@ -70,11 +76,14 @@ class RoundTrainer(PolicyTrainer):
             print(prepared.report)
         return prepared
 
+    def _send_weights(self) -> None:
+        self._writer.update(self.accelerator.unwrap_model(self._policy), self.state.global_step)
+
     @torch.no_grad()
     def _roll_out(
         self, rows: list[dict[str, Any]], group: int, mode: str, tries: int, *seed: Any
     ) -> list[Response]:
-        """Judged responses of this process to the prompts of all, `group` to each.
+        """Judged responses of this process to the prompts of all, `group` to each; the engine has the weights.
 
         Args:
             tries: how often groups without variance are written again.
@@ -84,7 +93,6 @@ class RoundTrainer(PolicyTrainer):
         first, share = share_of(
             len(rows), group, self.accelerator.process_index, self.accelerator.num_processes
         )
-        self._writer.update(self.accelerator.unwrap_model(self._policy), self.state.global_step)
         responses = self._writer.write(prompts, share, mode, *seed)
         texts, rewards = self._score(rows, responses, mode)
         for attempt in range(1, tries + 1):
